@@ -1,0 +1,1 @@
+"""One file per kernel family; the order of the tuple is the policy."""

@@ -1,0 +1,3 @@
+"""Low-bit transformers inside PyTorch: ``model.compile(backend="outlierq")``."""
+
+__version__ = "0.1.0"

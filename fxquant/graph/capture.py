@@ -1,0 +1,85 @@
+"""Dynamo's graph becomes one pre-dispatch ATen graph with named parameters, under Dynamo's own fake values."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..errors import CaptureError
+
+_STEP = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a placeholder stands for when it is a parameter or a buffer of the user's module.
+
+    ``path`` is the dotted name below the module that was compiled (under regional compile that is the layer, not the model).
+    """
+
+    path: str
+    kind: str  # "parameter" or "buffer"
+
+    @staticmethod
+    def of(node: fx.Node) -> "Parameter | None":
+        """The parameter that a placeholder stands for, or None (an input, a size, any other node)."""
+        return node.meta.get("parameter")
+
+
+def read_source(source: str) -> Parameter | None:
+    """Dynamo's source text of a placeholder, read as a parameter name.
+
+    >>> read_source("L['self']._modules['encoder']._modules['0']._parameters['weight']")
+    Parameter(path='encoder.0.weight', kind='parameter')
+    """
+    if "._parameters[" in source:
+        return Parameter(".".join(_STEP.findall(source)), "parameter")
+    if "._buffers[" in source:
+        return Parameter(".".join(_STEP.findall(source)), "buffer")
+    return None
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
+    """The fake mode under which ``gm`` was captured; new nodes must get their values under it."""
+    mode = gm.meta.get("fake_mode")
+    if not isinstance(mode, FakeTensorMode):
+        raise CaptureError("this graph was not made by capture(): it carries no fake mode")
+    return mode
+
+
+def trace(fn: Callable[..., Any], values: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """Trace ``fn`` on fake ``values`` into pre-dispatch ATen: the one tracer of the house (models, patterns and rewrites)."""
+    with mode, torch.no_grad():
+        gm = make_fx(fn, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    gm.meta["fake_mode"] = mode
+    return gm
+
+
+def capture(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo's ``gm`` (as handed to a backend) as a pre-dispatch ATen graph with the same inputs in the same order.
+
+    Every node has ``meta["val"]`` (a fake value); a placeholder that is a parameter or a buffer has ``Parameter.of(node)``.
+    """
+    given = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["example_value"] for node in given]
+    captured = trace(lambda *args: fx.Interpreter(gm).run(*args), values, _mode_of(values, gm))
+    for old, new in zip(given, captured.graph.find_nodes(op="placeholder"), strict=True):
+        argument = old.meta.get("grapharg")
+        source = getattr(argument, "source", None)
+        new.meta["dynamo_name"] = old.name
+        if source is not None and (parameter := read_source(source.name)):
+            new.meta["parameter"] = parameter
+    return captured
+
+
+def _mode_of(values: Sequence[Any], gm: fx.GraphModule) -> FakeTensorMode:
+    candidates = [*values, *(node.meta.get("example_value") for node in gm.graph.nodes)]
+    for value in candidates:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise CaptureError("the graph holds no tensor, so there is nothing to quantize")

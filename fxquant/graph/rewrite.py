@@ -1,0 +1,62 @@
+"""Write a Python function into a graph: it is traced on the fake values of its arguments and its nodes are copied in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .capture import fake_mode_of, trace
+from .tidy import value
+
+
+def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: Any) -> Any:
+    """Insert ``fn(*args)`` into ``gm`` before the node ``before``; returns the node(s) that hold its result.
+
+    ``args`` may hold nodes (their fake values are traced) and plain Python values (baked in). Inserted nodes carry ``val``.
+
+    >>> y = splice(gm, node, lambda x, s: x / s, x_node, s_node)            # doctest: +SKIP
+    """
+    flat, spec = pytree.tree_flatten(args)
+    nodes = [a for a in flat if isinstance(a, fx.Node)]
+
+    def on_nodes(*values: Any) -> Any:
+        given = iter(values)
+        return fn(*pytree.tree_unflatten([next(given) if isinstance(a, fx.Node) else a for a in flat], spec))
+
+    traced = trace(on_nodes, [value(n) for n in nodes], fake_mode_of(gm))
+    placed: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    with gm.graph.inserting_before(before):
+        for node in traced.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if node.op == "get_attr":
+                placed[node] = _adopt_constant(gm, traced, node)
+                continue
+            placed[node] = gm.graph.node_copy(node, lambda n: placed[n])
+    (result,) = traced.graph.output_node().args
+    return fx.map_arg(result, lambda n: placed[n])
+
+
+def replace(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Any], *args: Any) -> fx.Node:
+    """Replace ``node`` by ``fn(*args)``; returns the new node. What became unread is left for ``tidy``."""
+    new = splice(gm, node, fn, *args)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    return new
+
+
+def _adopt_constant(gm: fx.GraphModule, source: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """A tensor constant of the traced function becomes an attribute of ``gm`` under a free name."""
+    tensor = getattr(source, node.target)
+    number = 0
+    while hasattr(gm, name := f"_fxquant_constant{number}"):
+        number += 1
+    if isinstance(tensor, torch.nn.Module):
+        gm.add_module(name, tensor)
+    else:
+        gm.register_buffer(name, tensor, persistent=False)
+    new = gm.graph.get_attr(name)
+    new.meta = dict(node.meta)
+    return new

@@ -1,0 +1,114 @@
+"""Remove what does nothing: aliases, casts to the same dtype, dropout at inference, slices of everything."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import CaptureError
+
+aten = torch.ops.aten
+
+
+def tidy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Drop every node whose value is its first argument, and every pure node that nobody reads; in place.
+
+    Patterns and models go through this same function, so both are spelled alike.
+    Raises CaptureError for a graph in training mode (an active dropout or batch norm).
+    """
+    for node in list(gm.graph.nodes):
+        if node.target in (torch._C._set_grad_enabled, torch._C._functorch._vmap_increment_nesting):
+            gm.graph.erase_node(node)
+            continue
+        _refuse_training(node)
+        rule = IDENTITIES.get(node.target)
+        if rule is not None and rule(node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code(is_impure_node=is_impure)
+    gm.recompile()
+    return gm
+
+
+def is_impure(node: fx.Node) -> bool:
+    """True for a node that must stay even if nobody reads it: inputs, outputs, and ops that write to their arguments."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return node.is_impure()
+
+
+def value(node: Any) -> Any:
+    """The fake value of a node; anything else is its own value."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def _refuse_training(node: fx.Node) -> None:
+    active = (node.target is aten.dropout.default and node.args[2] and node.args[1] != 0) or (
+        node.target is aten.batch_norm.default and node.args[5]
+    )
+    if active:
+        name = node.target.__name__
+        raise CaptureError(
+            f"{name} at '{node.name}' is in training mode, and an inference recipe has no gradients; "
+            "call model.eval() first, or train with fxquant.prepare_qat_(model, recipe)"
+        )
+
+
+def _same_type(node: fx.Node) -> bool:
+    """The cast changes neither dtype nor device, and does not ask for a copy."""
+    x, y = value(node.args[0]), value(node)
+    asked_copy = node.kwargs.get("copy", False) or any(a is True for a in node.args[1:])
+    return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype == y.dtype and x.device == y.device and not asked_copy
+
+
+def _same_shape(node: fx.Node) -> bool:
+    x, y = value(node.args[0]), value(node)
+    return isinstance(x, torch.Tensor) and _known_equal(list(x.shape), list(y.shape))
+
+
+def _known_equal(a: list[Any], b: list[Any]) -> bool:
+    """Equal without adding a guard on a symbolic size."""
+    if len(a) != len(b):
+        return False
+    return all(m is n or (isinstance(m, int) and isinstance(n, int) and m == n) or str(m) == str(n) for m, n in zip(a, b, strict=True))
+
+
+def _adds_zero(node: fx.Node) -> bool:
+    return node.args[1] == 0 and type(node.args[1]) is int and not node.kwargs and _same_type(node)
+
+
+def _multiplies_by_one(node: fx.Node) -> bool:
+    return not isinstance(node.args[1], fx.Node) and node.args[1] == 1 and not node.kwargs and _same_type(node)
+
+
+def _always(node: fx.Node) -> bool:
+    return True
+
+
+def _inference_dropout(node: fx.Node) -> bool:
+    return not node.args[2] or node.args[1] == 0
+
+
+# What each op must satisfy to be the identity on its first argument.
+IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.alias.default: _always,
+    aten.detach.default: _always,
+    aten.detach_.default: _always,
+    aten.dropout.default: _inference_dropout,
+    aten.feature_dropout.default: _inference_dropout,
+    aten.to.dtype: _same_type,
+    aten.to.dtype_layout: _same_type,
+    aten.to.device: _same_type,
+    aten.to.other: _same_type,
+    aten.slice.Tensor: _same_shape,
+    aten.expand.default: _same_shape,
+    aten.view.default: _same_shape,
+    aten.reshape.default: _same_shape,
+    aten.add.Tensor: _adds_zero,
+    aten.mul.Tensor: _multiplies_by_one,
+}

@@ -1,0 +1,1 @@
+"""Numbers: formats, granularities, packing and observers, in plain PyTorch."""
