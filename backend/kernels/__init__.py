@@ -1,1 +1,9 @@
-"""One file per kernel family; the order of the tuple is the policy."""
+"""The kernels, first one that supports a site wins: the order of the tuple is the policy."""
+
+from .dequantize import DequantizedLinear
+from .grouped_int_cpu import GroupedIntLinear
+from .int8_cpu import Int8Linear
+from .kernel import Kernel
+from .simulated import SimulatedLinear
+
+KERNELS: tuple[Kernel, ...] = (Int8Linear(), GroupedIntLinear(), DequantizedLinear(), SimulatedLinear())

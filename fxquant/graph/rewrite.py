@@ -10,6 +10,9 @@ from torch.utils import _pytree as pytree
 from .capture import fake_mode_of, trace
 from .tidy import value
 
+# Set in the meta of every node that a rewrite wrote, so that folding can tell our weight algebra from the model's own.
+WRITTEN = "fxquant_written"
+
 
 def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: Any) -> Any:
     """Insert ``fn(*args)`` into ``gm`` before the node ``before``; returns the node(s) that hold its result.
@@ -35,6 +38,7 @@ def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: A
                 placed[node] = _adopt_constant(gm, traced, node)
                 continue
             placed[node] = gm.graph.node_copy(node, lambda n: placed[n])
+            placed[node].meta[WRITTEN] = True
     (result,) = traced.graph.output_node().args
     return fx.map_arg(result, lambda n: placed[n])
 

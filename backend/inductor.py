@@ -1,0 +1,21 @@
+"""What no kernel of ours claims goes to Inductor, as a graph whose weights are ordinary inputs of static shape."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.graph.tidy import value
+
+
+def compile_runtime(gm: fx.GraphModule, patches: dict[str, Any]) -> Callable[..., Sequence[Any]]:
+    """Compile the runtime graph for inference; takes its placeholders' values, returns the tuple of its outputs.
+
+    The placeholders' own fake values are handed over: their symbolic sizes are Dynamo's, so Inductor's guards are the same.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    inputs = [value(node) for node in gm.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        return compile_fx(gm, inputs, config_patches=patches or None)

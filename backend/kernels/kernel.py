@@ -1,0 +1,64 @@
+"""What a kernel is: a claim on one quantized product, how its weight is packed, its input prepared, and the product itself."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fxquant.graph.match import Miss
+from fxquant.recipe import Spec
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A kernel takes a site; truthy, as Miss is falsy."""
+
+    kernel: str
+
+    def __bool__(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Product:
+    """``linear(x, weight, bias)`` with its Specs, as fake values: what a kernel decides on.
+
+    ``x``: [..., K], ``weight``: [N, K]; ``activation`` or ``weight_spec`` is None where that side stays in floating point.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    activation: Spec | None
+    weight_spec: Spec | None
+
+
+class Kernel(Protocol):
+    """How one family of quantized products runs. All functions are traced into the graph, so they are plain PyTorch.
+
+    ``pack`` is written into the weight graph (run once per parameter version), ``prologue`` into the runtime and shared by all
+    products that read the same input with the same Spec, ``product`` once per site.
+    """
+
+    name: str
+
+    def supports(self, product: Product) -> Claim | Miss: ...
+
+    def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]: ...
+
+    def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]: ...
+
+    def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor: ...
+
+
+def is_static(size: Any) -> bool:
+    """A size known while compiling."""
+    return isinstance(size, int)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Spec | None, weight_spec: Spec | None) -> Tensor:
+    """The truth that every kernel must equal: the plain product of fake-quantized operands, in the dtype of ``x``."""
+    x = x if activation is None else activation.fake_quantize(x)
+    weight = weight if weight_spec is None else weight_spec.fake_quantize(weight)
+    return torch.nn.functional.linear(x, weight, bias)

@@ -1,0 +1,109 @@
+"""From quantize/dequantize pairs to kernels: each quantized product is claimed by the first kernel that supports it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.match import Miss
+from fxquant.graph.ops import fake_quantize, read_spec
+from fxquant.graph.rewrite import replace, splice
+from fxquant.graph.tidy import tidy, value
+
+from .kernels.kernel import Claim, Kernel, Product
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Which kernel took a site, or why each one declined (the declines are for the curious: the last kernel takes all)."""
+
+    kernel: str
+    declined: tuple[str, ...]
+
+
+def lower(gm: fx.GraphModule, kernels: Sequence[Kernel], fuel: Fuel) -> dict[str, Lowered]:
+    """Replace every quantized ``linear`` by its kernel, in place; what is left of fake quantization runs as plain PyTorch.
+
+    Returns what happened by the site's key (``node.meta["fxquant_site"]``).
+    """
+    outcome: dict[str, Lowered] = {}
+    prepared: dict[tuple[str, fx.Node, str], tuple[fx.Node, ...]] = {}
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.linear.default)):
+        operands = _operands(node)
+        if operands is None:
+            continue
+        kernel, declined = _choose(kernels, operands.product)
+        if not fuel.take(f"lower {operands.site}"):
+            outcome[operands.site] = Lowered("simulated (float GEMM of rounded operands): out of fuel", ())
+            continue
+        _write(gm, node, kernel, operands, prepared)
+        outcome[operands.site] = Lowered(kernel.name, declined)
+    for node in list(gm.graph.find_nodes(op="call_function", target=fake_quantize)):
+        replace(gm, node, lambda x, spec: read_spec(spec).fake_quantize(x), *node.args)
+    tidy(gm)
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """The nodes of one quantized product: ``x`` and ``weight`` as they were before rounding."""
+
+    site: str
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    product: Product
+
+
+def _operands(node: fx.Node) -> _Operands | None:
+    """Read ``linear(fake_quantize(x), fake_quantize(weight), bias)``, either side optional; None if nothing is quantized."""
+    site = node.meta.get("fxquant_site")
+    if site is None:
+        return None
+    x, x_spec = _unquantized(node.args[0])
+    weight, weight_spec = _unquantized(node.args[1])
+    if x_spec is None and weight_spec is None:
+        return None
+    bias = node.args[2] if len(node.args) > 2 else None
+    specs = [None if s is None else read_spec(s) for s in (x_spec, weight_spec)]
+    return _Operands(site, x, weight, bias, Product(value(x), value(weight), value(bias), *specs))
+
+
+def _unquantized(node: fx.Node) -> tuple[fx.Node, str | None]:
+    if node.target is fake_quantize:
+        x, spec = node.args
+        return x, spec
+    return node, None
+
+
+def _choose(kernels: Sequence[Kernel], product: Product) -> tuple[Kernel, tuple[str, ...]]:
+    declined: list[str] = []
+    for kernel in kernels:
+        answer: Claim | Miss = kernel.supports(product)
+        if answer:
+            return kernel, tuple(declined)
+        assert isinstance(answer, Miss)
+        declined.append(f"{kernel.name}: {answer.reason}")
+    raise AssertionError("the last kernel supports every product")
+
+
+def _write(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: dict[tuple[str, fx.Node, str], tuple[fx.Node, ...]]) -> None:
+    spec = o.product.weight_spec
+    packed = (o.weight,) if spec is None else splice(gm, node, lambda w: kernel.pack(w, spec), o.weight)
+    x = _prologue(gm, node, kernel, o, prepared)
+    replace(gm, node, lambda x, w, b: kernel.product(x, w, b, o.product), x, packed, o.bias)
+
+
+def _prologue(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: dict[tuple[str, fx.Node, str], tuple[fx.Node, ...]]) -> tuple[fx.Node, ...]:
+    """The prepared input, written once for all products that read it: the first reader comes first in the graph."""
+    spec = o.product.activation
+    if spec is None:
+        return (o.x,)
+    key = (kernel.name, o.x, repr(spec))
+    if key not in prepared:
+        prepared[key] = tuple(splice(gm, node, lambda x: kernel.prologue(x, spec), o.x))
+    return prepared[key]

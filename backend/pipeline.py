@@ -1,0 +1,116 @@
+"""The compiler in one page: captured, canonical, equalized, annotated, quantized, lowered, folded, compiled."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.errors import GradientError
+from fxquant.graph.capture import capture
+from fxquant.graph.equivalence import Note
+from fxquant.graph.fold import FoldedWeights, fold
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.stages import Stages
+from fxquant.graph.tidy import tidy
+from fxquant.patterns.annotate import Site, annotate, quantize
+from fxquant.patterns.canonical import canonicalize
+from fxquant.patterns.transforms import equalize
+from fxquant.report import Artifact, GraphSite, register
+
+from .inductor import compile_runtime
+from .kernels import KERNELS
+from .lower import Lowered, lower
+from .settings import Settings
+
+
+def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
+    """Dynamo's graph ``gm``, quantized as ``settings.recipe`` says and compiled."""
+    stages, fuel, recipe = Stages(settings.trace), Fuel(settings.fuel), settings.recipe
+
+    graph = tidy(capture(gm))
+    stages.show("captured", graph)
+    graph = canonicalize(graph, fuel)
+    stages.show("canonical", graph)
+    notes = equalize(graph, recipe.transforms, fuel)
+    stages.show("equalized", graph, f"{len(notes)} transforms")
+    sites = annotate(graph, recipe, fuel)
+    stages.show("annotated", graph)
+    quantize(graph, sites)
+    stages.show("quantized", graph)
+    kernels = lower(graph, KERNELS, fuel)
+    stages.show("lowered", graph)
+    folded = fold(graph)
+    stages.show("folded", folded.runtime, f"{len(folded.units)} units of weights were split off")
+    run = compile_runtime(folded.runtime, settings.inductor)
+
+    artifact = _artifact(settings, sites, notes, kernels)
+    register(artifact)
+    _warn_of_what_was_not_done(artifact)
+    return CompiledGraph(run, FoldedWeights(folded.units, artifact.watched, artifact.meet), folded.kept, artifact)
+
+
+class CompiledGraph:
+    """What Dynamo calls: checks the folded weights, runs the runtime graph, and answers a gradient with an error."""
+
+    def __init__(self, run: Callable[..., Sequence[Any]], weights: FoldedWeights, kept: Sequence[int], artifact: Artifact) -> None:
+        self._run = run
+        self._weights = weights
+        self._kept = tuple(kept)
+        self.artifact = artifact  # alive as long as the graph is, so that explain() finds it
+
+    def __call__(self, *args: Any) -> Any:
+        folded = self._weights(args)
+        wants_gradients = torch.is_grad_enabled()
+        with torch.no_grad():
+            out = self._run(*[args[i] for i in self._kept], *folded)
+        if wants_gradients and (anchor := next((a for a in args if isinstance(a, Tensor) and a.requires_grad), None)) is not None:
+            return _InferenceOnly.guard(anchor, out)
+        return out
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """The identity, whose backward says that there is none."""
+
+    @staticmethod
+    def guard(anchor: Tensor, out: Sequence[Any]) -> Sequence[Any]:
+        """``out`` with its floating-point tensors guarded; ``anchor`` is any tensor that requires gradients."""
+        guarded = [i for i, o in enumerate(out) if isinstance(o, Tensor) and o.is_floating_point()]
+        passed = _InferenceOnly.apply(anchor, *(out[i] for i in guarded))
+        result = list(out)
+        for i, o in zip(guarded, passed, strict=True):
+            result[i] = o
+        return tuple(result)
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(o.view_as(o) for o in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise GradientError(
+            "a gradient was asked of a model compiled with an inference recipe, whose rounded weights have none; "
+            "train with fxquant.prepare_qat_(model, recipe), or run this model uncompiled"
+        )
+
+
+def _artifact(settings: Settings, sites: Sequence[Site], notes: Sequence[Note], kernels: dict[str, Lowered]) -> Artifact:
+    rows = tuple(_graph_site(site, kernels.get(site.key)) for site in sites)
+    watched = tuple(sorted({i for site in sites for i in site.arguments}))
+    return Artifact(settings.recipe, rows, tuple(notes), watched)
+
+
+def _graph_site(site: Site, lowered: Lowered | None) -> GraphSite:
+    reason = site.reason or ("" if lowered else "no kernel took it")
+    kernel = lowered.kernel if lowered else ""
+    return GraphSite(site.path, site.op, site.argument, site.elements, site.counted, site.spelled, kernel, reason, site.noise)
+
+
+def _warn_of_what_was_not_done(artifact: Artifact) -> None:
+    missed = [s for s in artifact.sites if s.counted and s.reason and not s.reason.startswith("ignored")]
+    if missed:
+        shown = "; ".join(f"{s.path} ({s.op}): {s.reason}" for s in missed[:3])
+        more = f"; and {len(missed) - 3} more, see fxquant.explain(model)" if len(missed) > 3 else ""
+        total = sum(s.counted for s in artifact.sites)
+        warnings.warn(f"outlierq left {len(missed)} of {total} products in floating point: {shown}{more}", stacklevel=2)

@@ -1,0 +1,72 @@
+"""What the user may say to the backend: ``mode`` and ``options``, read once and refused early."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxquant.errors import RecipeError, nearest
+from fxquant.recipe import Recipe, refuse_tensors
+
+OPTIONS = ("recipe", "ignore", "ranges", "transforms", "fuel", "trace", "inductor")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One reading of ``torch.compile``'s ``mode`` and ``options``.
+
+    ``recipe``: what to quantize; ``fuel``: how many rewrites may happen (None: all); ``trace``: folder for every stage as
+    Python, or None; ``inductor``: config patches for Inductor.
+    """
+
+    recipe: Recipe
+    fuel: int | None = None
+    trace: str | None = None
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(mode: str | None, options: Mapping[str, Any] | None) -> "Settings":
+        """Raises RecipeError on an unknown option, a wrong type or a tensor; an unknown mode is a warning."""
+        given = dict(options or {})
+        for key, value in given.items():
+            if key not in OPTIONS:
+                raise RecipeError(f"option {key!r} is not known; {nearest(key, OPTIONS)}")
+            refuse_tensors(f"option '{key}'", value)
+        recipe = _recipe(given.get("recipe", "W8A8"))
+        recipe = recipe.replace(**{k: given[k] for k in ("ignore", "ranges", "transforms") if k in given})
+        fuel = _typed(given, "fuel", int, os.environ.get("FXQUANT_FUEL"))
+        trace = _typed(given, "trace", str, os.environ.get("FXQUANT_TRACE"))
+        patches = dict(_typed(given, "inductor", dict, None) or {})
+        return Settings(recipe, None if fuel is None else int(fuel), trace, {**_mode_patches(mode), **patches})
+
+
+def _recipe(given: Any) -> Recipe:
+    if isinstance(given, str):
+        return Recipe.preset(given)
+    if isinstance(given, Mapping):
+        return Recipe.from_dict(dict(given))
+    if isinstance(given, Recipe):
+        return given
+    raise RecipeError(f"option 'recipe' is a {type(given).__name__}; a preset name or Recipe(...).to_dict() is needed")
+
+
+def _typed(given: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = given.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RecipeError(f"option {key!r} is {value!r}; a {kind.__name__} is needed")
+    return value
+
+
+def _mode_patches(mode: str | None) -> dict[str, Any]:
+    if mode in (None, "default"):
+        return {}
+    if mode not in MODES:
+        warnings.warn(f"mode {mode!r} is not known and is taken as 'default'; {nearest(str(mode), MODES)}", stacklevel=2)
+        return {}
+    return dict(torch._inductor.list_mode_options(mode))

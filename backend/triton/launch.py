@@ -1,0 +1,101 @@
+"""Which tile a kernel runs with: a table by bucket of rows and generation of the GPU, and the split of K that fills it.
+
+The choice is made when the kernel is traced, not by timing it: nothing to warm up, the same kernel on every run, and a graph
+whose number of tokens is symbolic is guarded on its bucket only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .language import ceil_div, power_of_two
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share of an [M, N] result, and how the compiler is asked to build it.
+
+    ``weight_left``: the product is computed transposed, weight times activations, so that the weight's rows fill the tall side
+    of the tensor core instruction and few tokens its narrow side.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    weight_left: bool = False
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a tile depends on: compute capability (80, 89, 90), processors, shared memory per block in bytes."""
+
+    capability: int
+    processors: int
+    shared: int
+
+
+KNOWN = (Device(80, 108, 166912), Device(86, 84, 101376), Device(89, 128, 101376), Device(90, 132, 232448))
+"""A100, A10 class, Ada, Hopper; a newer GPU is treated as the last of these that is not newer."""
+
+
+@lru_cache
+def device(index: int | None = None) -> Device:
+    """The device ``index``; Hopper where no GPU can be asked (tracing with fake tensors, the interpreter)."""
+    if not torch.cuda.is_available():
+        return KNOWN[-1]
+    properties = torch.cuda.get_device_properties(index)
+    capability = properties.major * 10 + properties.minor
+    like = [known for known in KNOWN if known.capability <= capability] or [KNOWN[0]]
+    return Device(like[-1].capability, properties.multi_processor_count, like[-1].shared)
+
+
+# Rows up to the first entry take that tile. Rows are tokens.
+INT8 = {
+    90: ((16, Tile(16, 64, 128, 4, 4, True)), (64, Tile(64, 64, 128, 4, 4)), (None, Tile(128, 128, 128, 8, 3))),
+    80: ((16, Tile(16, 64, 128, 4, 4, True)), (64, Tile(64, 64, 128, 4, 3)), (None, Tile(128, 128, 64, 8, 3))),
+}
+
+# bk is the slice width of the packed weight, which the packer chose; see weight_only.py.
+WEIGHT_ONLY = (
+    (8, Tile(8, 64, 0, 4, 4, True)),
+    (16, Tile(16, 64, 0, 4, 4, True)),
+    (32, Tile(32, 64, 0, 4, 3, True)),
+    (None, Tile(64, 64, 0, 4, 3, True)),
+)
+
+MAX_PARTS = 16
+
+
+def int8_tile(M: int, on: Device) -> Tile:
+    """The tile for ``M`` tokens of an int8 product."""
+    return _pick(INT8[90 if on.capability >= 90 else 80], M)
+
+
+def weight_only_tile(M: int) -> Tile:
+    """The tile for ``M`` tokens of a weight-only product."""
+    return _pick(WEIGHT_ONLY, M)
+
+
+def parts(M: int, N: int, steps: int, tile: Tile, on: Device) -> int:
+    """Into how many parts K is split: a power of two that gives every processor two programs, with two steps left to each.
+
+    Only few tokens are split: ``M`` decides by its bucket alone (one row of tiles), so that a symbolic number is not pinned.
+    """
+    if not tile.weight_left or tile.bm > 32:
+        return 1
+    programs = ceil_div(N, tile.bn)
+    wanted = power_of_two(ceil_div(2 * on.processors, programs))
+    most = power_of_two(max(steps // 2, 1) + 1) // 2  # the greatest power of two that is not above steps / 2
+    return max(1, min(wanted, most, MAX_PARTS))
+
+
+def _pick(table: tuple[tuple[int | None, Tile], ...], M: int) -> Tile:
+    for limit, tile in table:
+        if limit is None or limit >= M:
+            return tile
+    raise AssertionError("the last entry of a table has no limit")

@@ -1,0 +1,61 @@
+"""Who writes to a tensor in place: through itself, its views, or what it is a view of."""
+
+from collections.abc import Iterator
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def writers_of(node: fx.Node) -> Iterator[fx.Node]:
+    """The ops that write in place to ``node``, or to anything that shares memory with it."""
+    for alias in family(node):
+        for user in alias.users:
+            if alias in written_by(user):
+                yield user
+
+
+def family(node: fx.Node) -> set[fx.Node]:
+    """``node`` and every node that may share its memory: its bases, their views, and so on."""
+    found: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        here = queue.pop()
+        if here in found:
+            continue
+        found.add(here)
+        queue += bases(here)
+        queue += [user for user in here.users if here in bases(user)]
+    return found
+
+
+def bases(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory the result may share."""
+    if node.target is getitem:
+        source = node.args[0]
+        return [source] if isinstance(source, fx.Node) else []
+    return [n for argument, given in _arguments(node) if argument.alias_info is not None for n in _nodes(given)]
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that ``node`` writes to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    return [n for a, given in _arguments(node) if a.alias_info is not None and a.alias_info.is_write for n in _nodes(given)]
+
+
+def _arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            yield argument, node.args[i]
+        elif argument.name in node.kwargs:
+            yield argument, node.kwargs[argument.name]
+
+
+def _nodes(given: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(given, found.append)
+    return found

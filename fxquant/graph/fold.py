@@ -1,0 +1,295 @@
+"""Split off the part of a graph that depends on parameters only, and run it once per parameter version.
+
+Dynamo hands parameters over as graph inputs: one compiled graph may serve many layers, and weights may change in place. So the
+weight graph is cut into *units* (one per weight, as a rule), each unit's result is cached under the identity of the parameters
+it read, and a call first checks that these are still the same tensors with the same contents.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import FxquantError
+from .capture import Parameter
+from .rewrite import WRITTEN
+from .tidy import value
+from .weights import parameter_only
+
+_version = attrgetter("_version")
+_address = Tensor.data_ptr
+
+State = tuple[list[int], int]
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of the weight graph: parameters in, folded tensors out.
+
+    ``inputs`` index the arguments of the compiled graph; ``key`` spells the computation, equal for equal units of any graph.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[int, ...]
+    names: tuple[str, ...]
+    key: str
+
+    def fold(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the unit. Raises FxquantError if a parameter holds NaN or infinity, naming it."""
+        for name, parameter in zip(self.names, parameters, strict=True):
+            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+                raise FxquantError(
+                    f"parameter '{name}' holds NaN or infinity, which no integer can stand for; "
+                    "mend the checkpoint, or leave the layer in floating point with ignore=[...]"
+                )
+        with torch.no_grad():
+            return tuple(self.gm(*parameters))
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A graph cut in two: ``units`` (once per parameter version) and ``runtime`` (every call).
+
+    ``runtime`` takes the arguments numbered ``kept`` of the original graph, then the results of all units in order.
+    """
+
+    units: tuple[Unit, ...]
+    runtime: fx.GraphModule
+    kept: tuple[int, ...]
+
+
+def fold(gm: fx.GraphModule) -> Folded:
+    """Cut ``gm`` (changed in place, returned as ``runtime``) along the weight algebra that rewrites wrote into it.
+
+    A value is folded if it depends on parameters only, something else reads it, and a rewrite wrote part of it; the model's own
+    parameter arithmetic is left to the runtime unless a rewrite built on it.
+    """
+    pure = parameter_only(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    position = {node: i for i, node in enumerate(placeholders)}
+    cones = {node: _cone(node) for node in gm.graph.nodes if _is_boundary(node, pure)}
+    cones = {node: cone for node, cone in cones.items() if any(n.meta.get(WRITTEN) for n in cone)}
+
+    units, results = [], []
+    for outputs in _components(cones):
+        unit = _extract(gm, outputs, set().union(*(cones[o] for o in outputs)), position)
+        units.append(unit())
+        results += outputs
+    last = placeholders[-1] if placeholders else None
+    for node in results:
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(f"folded_{node.name}")
+        last.meta["val"] = value(node)
+        node.replace_all_uses_with(last)
+    gm.graph.eliminate_dead_code()
+    for node in [n for n in placeholders if not n.users]:
+        gm.graph.erase_node(node)
+    kept = tuple(i for node, i in position.items() if node.users)
+    gm.recompile()
+    return Folded(tuple(units), gm, kept)
+
+
+def _is_boundary(node: fx.Node, pure: set[fx.Node]) -> bool:
+    """A computed weight value that something outside the weight graph reads."""
+    if node not in pure or node.op in ("placeholder", "get_attr"):
+        return False
+    return isinstance(value(node), Tensor) and any(user not in pure for user in node.users)
+
+
+def cone_of(node: fx.Node) -> set[fx.Node]:
+    """Everything that ``node`` depends on, itself and the placeholders included."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            stack.extend(n.all_input_nodes)
+    return seen
+
+
+def _cone(node: fx.Node) -> set[fx.Node]:
+    """The computed nodes that ``node`` depends on, itself included."""
+    return {n for n in cone_of(node) if n.op != "placeholder"}
+
+
+def unit_of(gm: fx.GraphModule, node: fx.Node) -> Callable[[], Unit]:
+    """The computation of one weight expression as a Unit, copied now and compiled when it is first asked for."""
+    position = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    return lru_cache(1)(_extract(gm, [node], _cone(node), position))
+
+
+def _components(cones: dict[fx.Node, set[fx.Node]]) -> list[list[fx.Node]]:
+    """Results that share a computation belong to one unit, so that it is computed once."""
+    groups: list[tuple[list[fx.Node], set[fx.Node]]] = []
+    for node, cone in cones.items():
+        touching = [g for g in groups if g[1] & cone]
+        groups = [g for g in groups if not g[1] & cone]
+        groups.append((sum((g[0] for g in touching), []) + [node], cone.union(*(g[1] for g in touching))))
+    return [nodes for nodes, _ in groups]
+
+
+def _extract(gm: fx.GraphModule, outputs: list[fx.Node], cone: set[fx.Node], position: dict[fx.Node, int]) -> Callable[[], Unit]:
+    graph = fx.Graph()
+    order = [n for n in gm.graph.nodes if n in cone]
+    reads = [p for p in position if p in outputs or any(p in n.all_input_nodes for n in order)]
+    placed = {p: graph.placeholder(f"p{i}") for i, p in enumerate(reads)}
+    spelled = [f"{tuple(value(p).shape)} {value(p).dtype} {value(p).device}" for p in reads]
+    for i, node in enumerate(order):
+        placed[node] = graph.node_copy(node, lambda n: placed[n])
+        placed[node]._rename(f"n{i}")
+        constant = _fingerprint(_attribute(gm, node.target)) if node.op == "get_attr" else ""
+        spelled.append(f"{placed[node].format_node()} {constant}")
+    graph.output(tuple(placed[o] for o in outputs))
+    spelled.append(str([placed[o].name for o in outputs]))
+    names = tuple(parameter.path if (parameter := Parameter.of(p)) else p.name for p in reads)
+    inputs, key = tuple(position[p] for p in reads), "\n".join(spelled)
+    return lambda: Unit(fx.GraphModule(gm, graph), inputs, names, key)
+
+
+def _attribute(gm: fx.GraphModule, target: Any) -> Any:
+    return attrgetter(str(target))(gm)
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    """A number that changes when the contents do; one pass at memory speed."""
+    tensor = tensor.detach()
+    flat = tensor.contiguous().view(-1) if not tensor.is_contiguous() else tensor.view(-1)
+    if not flat.numel():
+        return 0
+    whole = flat.numel() * flat.element_size() // 8 * 8
+    words = flat.view(torch.uint8)[:whole].view(torch.int64)
+    rest = int(flat.view(torch.uint8)[whole:].sum())
+    weights = torch.arange(1, min(words.numel(), 1024) + 1, device=words.device)
+    rows = words[: words.numel() // weights.numel() * weights.numel()].view(-1, weights.numel()) if words.numel() else words.view(0, 1)
+    return hash((int((rows.sum(0) * weights).sum()), int(words.sum()), rest))
+
+
+@dataclass
+class _Entry:
+    """The folded tensors of one unit for one tuple of parameters."""
+
+    state: State
+    prints: tuple[int, ...]
+    values: tuple[Tensor, ...]
+    guards: list[Any] = field(default_factory=list)
+
+
+class WeightCache:
+    """Folded tensors by (unit, parameters); an entry dies with any of its parameters. Shared by all graphs, safe under threads."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, tuple[int, ...]], _Entry] = {}
+        self._lock = threading.RLock()
+        self.folds = 0  # how many units were run, for tests and for the curious
+
+    def get(self, unit: Unit, parameters: Sequence[Tensor], first: bool) -> tuple[Tensor, ...]:
+        """The folded tensors of ``unit`` for ``parameters``.
+
+        ``first``: the asking graph has not met these parameters before, so their contents are looked at, not only their state:
+        ``p.data.add_(...)``, as in a LoRA merge, leaves no trace in the state.
+        """
+        key = (unit.key, tuple(map(id, parameters)))
+        state = state_of(parameters)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry.state == state:
+                if not first or entry.prints == tuple(map(_fingerprint, parameters)):
+                    return entry.values
+            values = unit.fold(parameters)
+            self.folds += 1
+            forget = lambda _: self._entries.pop(key, None)  # noqa: E731
+            guards = [weakref.ref(p, forget) for p in parameters]
+            self._entries[key] = _Entry(state, tuple(map(_fingerprint, parameters)), values, guards)
+            return values
+
+    def clear(self) -> None:
+        """Forget everything; the next call folds anew."""
+        with self._lock:
+            self._entries.clear()
+
+
+CACHE = WeightCache()
+
+
+def state_of(parameters: Sequence[Tensor]) -> State:
+    """What tells in no time that parameters were replaced or written: their addresses, and the sum of their version counters.
+
+    Counters only grow, so equal sums mean equal counters. A tensor made in inference mode has none; its address must do.
+    """
+    try:
+        return [*map(_address, parameters)], sum(map(_version, parameters))
+    except RuntimeError:
+        return [*map(_address, parameters)], 0
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What one compiled graph remembers of one set of parameters."""
+
+    state: State
+    values: list[Tensor]
+    generation: int
+    guards: tuple[Any, ...]
+
+
+class FoldedWeights:
+    """The weight side of one compiled graph: hands out folded tensors, and checks on every call that they are still right.
+
+    The check reads address and version counter of each parameter in ``watched`` (argument positions; all that the units read
+    are added). Not seen between two calls of the same graph: a write through ``p.data`` that keeps the address, such as
+    ``p.data.add_(...)``; call ``refresh()`` after one. ``on_new(args)`` is called when parameters are met or met changed.
+    """
+
+    def __init__(self, units: Sequence[Unit], watched: Sequence[int], on_new: Callable[[Sequence[Any]], None]) -> None:
+        self._units = tuple(units)
+        indices = sorted({*watched, *(i for unit in units for i in unit.inputs)})
+        self._pick = _picker(indices)
+        self._known: dict[int, _Known] = {}
+        self._on_new = on_new
+
+    def __call__(self, args: Sequence[Any]) -> list[Tensor]:
+        parameters = self._pick(args)
+        known = self._known.get(id(parameters[0]) if parameters else 0)
+        if known is not None and known.generation == _generation and known.state == state_of(parameters):
+            return known.values
+        return self._fold(args, parameters)
+
+    def _fold(self, args: Sequence[Any], parameters: Sequence[Tensor]) -> list[Tensor]:
+        key = id(parameters[0]) if parameters else 0
+        known = self._known.get(key)
+        state = state_of(parameters)
+        seen = known is not None and known.generation == _generation and known.state[0] == state[0]
+        values: list[Tensor] = []
+        for unit in self._units:
+            mine = [args[i] for i in unit.inputs]
+            values += CACHE.get(unit, mine, first=not seen)
+        guards = tuple(weakref.ref(p, lambda _: self._known.pop(key, None)) for p in parameters)
+        self._known[key] = _Known(state, values, _generation, guards)
+        self._on_new(args)
+        return values
+
+
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    if not indices:
+        return lambda args: ()
+    if len(indices) == 1:
+        return lambda args: (args[indices[0]],)
+    return itemgetter(*indices)
+
+
+_generation = 0
+
+
+def refresh() -> None:
+    """Look at the contents of every parameter again on the next call.
+
+    Needed only after a write that PyTorch does not count, such as ``p.data.copy_(...)`` on a model that stays compiled.
+    """
+    global _generation
+    _generation += 1

@@ -1,0 +1,257 @@
+"""The table of laws: what each op does with a map on the channels of one of its arguments, and why that changes nothing.
+
+A map ``T`` is invertible and acts on channels: ``x~ = T(x)``. Every row of ``LAWS`` is an identity (``op`` written ``f``):
+
+    passes            f(T(x), ...)      ==  T(f(x, ...))                  the output carries the map, nothing else changes
+    agrees            f(T(a), T(b))     ==  T(f(a, b))                    as passes, if every operand carries it
+    read              f(T(x), *rewrite(weights, m))  ==  f(x, *weights)   a reader absorbs the map into its weights
+    made              f(x, *rewrite(weights, m))  ==  T(f(x, *weights))   a producer absorbs the map into its weights
+    stops             neither: the row says why
+
+``rewrite`` is the code that is traced into the graph *and* what SymPy proves (``Law.identity``): the proof is about the code.
+What is not in the table stops every map.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, SPLITS
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Map:
+    """An invertible map on channels, whose ``value`` is a node that depends on parameters and constants only."""
+
+    value: fx.Node
+    neutral: ClassVar[float] = 0.0  # what the map's vector holds for a channel that it leaves alone
+
+    @staticmethod
+    def apply(x: Any, m: Any) -> Any:
+        """``x~``, from ``x``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def undo(x: Any, m: Any) -> Any:
+        """``x``, from ``x~``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Scale(Map):
+    """``x~ = x / s``, with no ``s_j`` zero; a negative one is as good as a positive one, except for ReLU."""
+
+    neutral: ClassVar[float] = 1.0
+
+    @staticmethod
+    def apply(x: Any, m: Any) -> Any:
+        return x / m
+
+    @staticmethod
+    def undo(x: Any, m: Any) -> Any:
+        return x * m
+
+
+@dataclass(frozen=True)
+class PositiveScale(Scale):
+    """``x~ = x / s`` with every ``s_j > 0``: obeys the laws of Scale, and passes ReLU."""
+
+
+@dataclass(frozen=True)
+class Shift(Map):
+    """``x~ = x - z``."""
+
+    @staticmethod
+    def apply(x: Any, m: Any) -> Any:
+        return x - m
+
+    @staticmethod
+    def undo(x: Any, m: Any) -> Any:
+        return x + m
+
+
+@dataclass(frozen=True)
+class Rotation(Map):
+    """``x~ = x R`` with ``R`` orthogonal, on the last axis as a whole."""
+
+    @staticmethod
+    def apply(x: Any, m: Any) -> Any:
+        return x @ m
+
+    @staticmethod
+    def undo(x: Any, m: Any) -> Any:
+        return x @ m.T
+
+
+class Effect(Enum):
+    """What an op does with a map; see the module's docstring."""
+
+    PASSES = "passes"
+    AGREES = "agrees"
+    READ = "read"
+    MADE = "made"
+    STOPS = "stops"
+
+
+PASSES, AGREES, READ, MADE, STOPS = Effect
+Condition = Callable[[fx.Node], bool]
+
+
+@dataclass(frozen=True)
+class Law:
+    """One row: ``kind`` of map on ``argument`` of any of ``ops`` (None: on the output, for a producer).
+
+    ``weights`` are the argument positions that ``rewrite`` takes and returns, before the map: they must depend on parameters only.
+    ``only_if`` looks at the node for what the identity takes for granted.
+    """
+
+    ops: tuple[Any, ...]
+    argument: int | None
+    kind: type[Map]
+    effect: Effect
+    says: str
+    weights: tuple[int, ...] = ()
+    rewrite: Callable[..., tuple[Any, ...]] | None = None
+    only_if: Condition | None = None
+    whole_axis: bool = True  # the channels must lie along the last axis of the argument, as a linear's do
+
+    def identity(self) -> Any:
+        """The difference of both sides for each op, as SymPy expressions that simplify to zero (for ``stops``: that do not)."""
+        from .identities import difference  # SymPy is a test's dependency, not the package's
+
+        return {str(op): difference(op, self) for op in self.ops}
+
+
+LINEAR = (aten.linear.default,)
+LAYER_NORM = (aten.layer_norm.default,)
+RMS_NORM = (aten.rms_norm.default,)
+NORMS = LAYER_NORM + RMS_NORM
+EMBEDDING = (aten.embedding.default,)
+ADD, SUB, MUL, DIV = (aten.add.Tensor,), (aten.sub.Tensor,), (aten.mul.Tensor,), (aten.div.Tensor,)
+CAST = (aten.to.dtype, aten._to_copy.default)
+CAT = (aten.cat.default,)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+MOVES = (
+    *RESHAPES, *PERMUTES, *COPIES, *SPLITS, operator.getitem, aten.expand.default, aten.slice.Tensor, aten.select.int,
+    aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default, aten.roll.default, aten.flip.default,
+)  # fmt: skip
+SQUASHES = (aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, *SOFTMAX)
+
+
+def _some(b: Any, then: Callable[[Any], Any], otherwise: Any = None) -> Any:
+    """``then(b)`` for a bias that is there."""
+    return otherwise if b is None else then(b)
+
+
+def _floating(node: fx.Node) -> bool:
+    return bool(node.meta["val"].is_floating_point())
+
+
+def _unit_alpha(node: fx.Node) -> bool:
+    return node.kwargs.get("alpha", 1) == 1
+
+
+def _no_gain(node: fx.Node) -> bool:
+    return len(node.args) < 3 or node.args[2] is None
+
+
+def _one_axis(node: fx.Node) -> bool:
+    axes: Any = node.args[1]
+    return len(axes) == 1
+
+
+def _rows_sum_to_one(node: fx.Node) -> bool:
+    """Attention weights that sum to one: no dropout, and no mask that might forbid a whole row."""
+    if node.target is ATTENTION:
+        mask, dropout = (*node.args[3:5], None, 0.0)[:2] if len(node.args) < 5 else node.args[3:5]
+        mask, dropout = node.kwargs.get("attn_mask", mask), node.kwargs.get("dropout_p", dropout)
+        return mask is None and not dropout
+    rows = node.args[0]
+    while isinstance(rows, fx.Node) and rows.target in (*CAST, *COPIES, *RESHAPES, aten.expand.default) and _same_rows(rows):
+        rows = rows.args[0]
+    if not isinstance(rows, fx.Node) or rows.target not in SOFTMAX:
+        return False
+    return int(rows.args[1]) in (-1, rows.meta["val"].ndim - 1)  # type: ignore[arg-type]  # dim, by the schema
+
+
+def _same_rows(node: fx.Node) -> bool:
+    before, after = node.args[0].meta["val"].shape[-1], node.meta["val"].shape[-1]  # type: ignore[union-attr]
+    return isinstance(before, int) and isinstance(after, int) and before == after or str(before) == str(after)
+
+
+# fmt: off
+LAWS: tuple[Law, ...] = (
+    # linear(x, W, b) = x W^T + b
+    Law(LINEAR, 0, Scale, READ, "linear(x / s, W * s, b) == linear(x, W, b)", (1, 2), lambda W, b, s: (W * s, b)),
+    Law(LINEAR, 0, Shift, READ, "linear(x - z, W, b + W z) == linear(x, W, b)", (1, 2),
+        lambda W, b, z: (W, _some(b, lambda b: b + W @ z, W @ z))),
+    Law(LINEAR, 0, Rotation, READ, "linear(x R, W R, b) == linear(x, W, b)", (1, 2), lambda W, b, R: (W @ R, b)),
+    Law(LINEAR, None, Scale, MADE, "linear(x, W / s', b / s) == linear(x, W, b) / s", (1, 2),
+        lambda W, b, s: (W / s[:, None], _some(b, lambda b: b / s))),
+    Law(LINEAR, None, Shift, MADE, "linear(x, W, b - z) == linear(x, W, b) - z", (1, 2), lambda W, b, z: (W, _some(b, lambda b: b - z, -z))),
+    Law(LINEAR, None, Rotation, MADE, "linear(x, R^T W, b R) == linear(x, W, b) R", (1, 2),
+        lambda W, b, R: (R.T @ W, _some(b, lambda b: b @ R))),
+    # norms: n(x) w + b, with n(x) of mean 0 and variance 1, or of mean square 1
+    Law(LAYER_NORM, None, Scale, MADE, "layer_norm(x, w / s, b / s) == layer_norm(x, w, b) / s", (2, 3),
+        lambda w, b, s: (_some(w, lambda w: w / s, 1 / s), _some(b, lambda b: b / s)), _one_axis),
+    Law(LAYER_NORM, None, Shift, MADE, "layer_norm(x, w, b - z) == layer_norm(x, w, b) - z", (2, 3),
+        lambda w, b, z: (_some(w, lambda w: w, 1 + 0 * z), _some(b, lambda b: b - z, -z)), _one_axis),
+    Law(RMS_NORM, None, Scale, MADE, "rms_norm(x, w / s) == rms_norm(x, w) / s", (2,),
+        lambda w, s: (_some(w, lambda w: w / s, 1 / s),), _one_axis),
+    Law(RMS_NORM, 0, Rotation, PASSES, "rms_norm(x R) == rms_norm(x) R without a gain", only_if=_no_gain),
+    Law(NORMS, 0, Scale, STOPS, "the statistics of a norm mix its channels"),
+    # a table of rows
+    Law(EMBEDDING, None, Scale, MADE, "embedding(E / s, i) == embedding(E, i) / s", (0,), lambda E, s: (E / s,)),
+    Law(EMBEDDING, None, Shift, MADE, "embedding(E - z, i) == embedding(E, i) - z", (0,), lambda E, z: (E - z,)),
+    Law(EMBEDDING, None, Rotation, MADE, "embedding(E R, i) == embedding(E, i) R", (0,), lambda E, R: (E @ R,)),
+    # matrix products with a weight: experts and the like, x W
+    Law(PRODUCTS, 0, Scale, READ, "(x / s) @ (W * s') == x @ W", (1,), lambda W, s: (W * s[:, None],)),
+    # sums: all operands alike, but for a shift, which any one of them carries on
+    Law((*ADD, *SUB), 0, Scale, AGREES, "a / s + b / s == (a + b) / s"),
+    Law((*ADD, *SUB), 1, Scale, AGREES, "a / s + b / s == (a + b) / s"),
+    Law((*ADD, *SUB), 0, Rotation, AGREES, "a R + b R == (a + b) R"),
+    Law((*ADD, *SUB), 1, Rotation, AGREES, "a R + b R == (a + b) R"),
+    Law(ADD, 0, Shift, READ, "(x - z) + (c + z) == x + c", (1,), lambda c, z: (c + z,), _unit_alpha, whole_axis=False),
+    Law(ADD, 1, Shift, READ, "(c + z) + (x - z) == c + x", (0,), lambda c, z: (c + z,), _unit_alpha, whole_axis=False),
+    Law(ADD, 0, Shift, PASSES, "(a - z) + b == (a + b) - z"),
+    Law(ADD, 1, Shift, PASSES, "a + (b - z) == (a + b) - z", only_if=_unit_alpha),
+    Law(SUB, 0, Shift, PASSES, "(a - z) - b == (a - b) - z"),
+    Law(CAT, 0, Scale, AGREES, "cat(a / s, b / s) == cat(a, b) / s along another axis"),
+    Law(CAT, 0, Shift, AGREES, "cat(a - z, b - z) == cat(a, b) - z along another axis"),
+    # products, elementwise: the gate of a gated MLP, a mask, a constant; with a weight the map ends there
+    Law(MUL, 0, Scale, READ, "(x / s) * (c s) == x * c", (1,), lambda c, s: (c * s,), whole_axis=False),
+    Law(MUL, 1, Scale, READ, "(c s) * (x / s) == c * x", (0,), lambda c, s: (c * s,), whole_axis=False),
+    Law(MUL, 0, Scale, PASSES, "(a / s) * b == (a * b) / s"),
+    Law(MUL, 1, Scale, PASSES, "a * (b / s) == (a * b) / s"),
+    Law(DIV, 0, Scale, PASSES, "(a / s) / b == (a / b) / s"),
+    # elementwise functions
+    Law((aten.neg.default,), 0, Scale, PASSES, "-(x / s) == (-x) / s"),
+    Law((aten.relu.default,), 0, PositiveScale, PASSES, "relu(x / s) == relu(x) / s for s > 0"),
+    Law((aten.relu.default,), 0, Shift, STOPS, "relu(x - z) is not relu(x) - z"),
+    Law(SQUASHES, 0, Scale, STOPS, "not homogeneous: f(x / s) is not f(x) / s"),
+    Law(SQUASHES, 0, Shift, STOPS, "not additive: f(x - z) is not f(x) - z"),
+    # attention's value path: P V, with the channels of a head on the last axis
+    Law((ATTENTION,), 2, Scale, PASSES, "P (V / s) == (P V) / s"),
+    Law((ATTENTION,), 2, Shift, PASSES, "P (V - z) == P V - z: the rows of P sum to one", only_if=_rows_sum_to_one),
+    Law(PRODUCTS, 1, Scale, PASSES, "P (V / s) == (P V) / s"),
+    Law(PRODUCTS, 1, Shift, PASSES, "P (V - z) == P V - z: the rows of P sum to one", only_if=_rows_sum_to_one),
+    # what only moves, picks or copies elements
+    Law((*MOVES, *CAST), 0, Scale, PASSES, "view(x / s) == view(x) / view(s)"),
+    Law((*MOVES, *CAST), 0, Shift, PASSES, "view(x - z) == view(x) - view(z)"),
+    Law((*MOVES, *CAST), 0, Rotation, PASSES, "view(x R) == view(x) R if the last axis stays"),
+    Law((aten.constant_pad_nd.default, aten.sum.dim_IntList, aten.mean.dim), 0, Scale, PASSES, "sum(x / s) == sum(x) / s over other axes"),
+    Law((aten.mean.dim,), 0, Shift, PASSES, "mean(x - z) == mean(x) - z over other axes"),
+)
+# fmt: on
+
+
+def laws_of(op: Any, argument: int | None, kind: type[Map]) -> list[Law]:
+    """The rows for a map of ``kind`` on ``argument`` of ``op``, in the order of the table; PositiveScale obeys Scale's as well."""
+    return [law for law in LAWS if law.argument == argument and issubclass(kind, law.kind) and op in law.ops]

@@ -1,0 +1,440 @@
+"""A region: the producers and readers that share one channel axis, closed under the ops that a map may cross.
+
+From a cut (a value), the map is walked back to what makes the value and forth to everything that reads it, by the table of laws.
+Where a reader cannot take the map one explicit inverse may be left over; where that is not allowed the walk ends in a Refusal.
+Nothing is changed here: ``fxquant.graph.equivalence.apply`` writes a region's decisions into the graph.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from .capture import Parameter
+from .laws import MUL, RMS_NORM, Effect, Law, Map, Rotation, laws_of
+from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, Layout, backward, forward, forward_any
+from .tidy import is_impure
+
+aten = torch.ops.aten
+
+
+class Explicit(Enum):
+    """Where a map that nothing absorbs may stay in the graph as an op of its own."""
+
+    NOWHERE = "nowhere"  # a region is refused if anything cannot absorb the map; operands of an add are made to agree
+    READERS = "readers"  # the inverse before a reader: the shortcut of a post-norm block, a graph's output
+    SOURCE = "source"  # the map after the cut, for the readers that absorb its inverse; the others read the value as it was
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a map cannot be moved, and the node that is in the way."""
+
+    reason: str
+    node: fx.Node
+
+    def __str__(self) -> str:
+        return f"{self.reason} (at '{self.node.name}')"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where a region ends: ``argument`` of ``node`` reads ``value`` (None: ``node`` makes it), laid out as ``layout``."""
+
+    node: fx.Node
+    argument: int | str | None
+    value: fx.Node
+    layout: Layout
+    law: Law | None = None  # None: an explicit inverse, or a constant operand that takes the map itself
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """What one map on ``cut`` touches: who absorbs it at the front, who at the back, and what is left over."""
+
+    cut: fx.Node
+    kind: type[Map]
+    channels: int
+    carried: dict[fx.Node, Any]  # value -> Layout, or a list of them for the parts of a split
+    producers: tuple[Site, ...]
+    readers: tuple[Site, ...]
+    constants: tuple[Site, ...]  # operands of an agreeing add that depend on parameters only
+    explicit: tuple[Site, ...]
+    at_source: bool = False
+    joined: frozenset[fx.Node] = frozenset()
+
+    def __repr__(self) -> str:
+        names = ", ".join(site.node.name for site in self.readers)
+        return f"Region({self.kind.__name__} on '{self.cut.name}' of {self.channels}: read by {names}; {len(self.explicit)} explicit)"
+
+
+def find(gm: fx.GraphModule, cut: fx.Node, kind: type[Map], *, explicit: Explicit = Explicit.READERS) -> Region | Refusal:
+    """The region of a map of ``kind`` on the last axis of ``cut``, or why there is none. Nothing is changed.
+
+    A region in which nothing absorbs the map is refused: it would only add an op.
+    """
+    value = cut.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or not value.is_floating_point():
+        return Refusal("a map needs a floating point tensor with a channel axis", cut)
+    channels = value.shape[-1]
+    if not isinstance(channels, int):
+        return Refusal(f"the number of channels must be known, and is {channels}", cut)
+    return _Walk(cut, kind, explicit, weight_nodes(gm)).region(channels)
+
+
+def weight_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """Every node that depends on parameters, buffers and constants only, and that nothing in the graph writes to."""
+    written = {root for node in gm.graph.nodes for n, a in enumerate(node.args) if writes(node, n) for root in _roots(a)}
+    weights: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            constant = Parameter.of(node) is not None
+        elif node.op == "get_attr":
+            constant = isinstance(node.meta.get("val"), torch.Tensor)
+        else:
+            pure = node.op == "call_function" and not is_impure(node) and not _random(node)
+            constant = pure and bool(node.all_input_nodes) and all(n in weights for n in node.all_input_nodes)
+        if constant and node not in written:
+            weights.add(node)
+    return weights
+
+
+def writes(reader: fx.Node, argument: int | str) -> bool:
+    """True if the op writes to that argument in place."""
+    if not isinstance(reader.target, torch._ops.OpOverload) or not reader.target._schema.is_mutable:
+        return False
+    schema = reader.target._schema.arguments
+    found = schema[argument] if isinstance(argument, int) else next((a for a in schema if a.name == argument), None)
+    return found is None or (found.alias_info is not None and found.alias_info.is_write)
+
+
+def edges(value: fx.Node) -> Iterator[tuple[fx.Node, int | str]]:
+    """Everything that reads ``value``: the reader, and which of its arguments (once, however often inside a list)."""
+    for reader in value.users:
+        for argument, given in [*enumerate(reader.args), *reader.kwargs.items()]:
+            if value in _nodes(given):
+                yield reader, argument
+
+
+def source_of(value: fx.Node) -> fx.Node:
+    """Where the channels of ``value`` begin: back through views, ReLU, attention's value path and gates to a linear, norm or slice."""
+    while True:
+        node = value
+        if node.target in (*RESHAPES, *PERMUTES, *COPIES, aten.expand.default, aten.relu.default, aten.repeat_interleave.self_int):
+            value = node.args[0]  # type: ignore[assignment]  # a node, by the schema
+        elif node.target is ATTENTION:
+            value = node.args[2]  # type: ignore[assignment]
+        elif node.target in PRODUCTS:
+            value = node.args[1]  # type: ignore[assignment]
+        elif node.target in MUL:
+            ends = [source_of(a) for a in (node.args[1], node.args[0]) if isinstance(a, fx.Node)]
+            made = [end for end in ends if laws_of(end.target, None, Map) or _makes(end)]
+            return made[0] if made else node
+        else:
+            return node
+
+
+def _makes(node: fx.Node) -> bool:
+    from .laws import MOVES, Scale
+
+    return bool(laws_of(node.target, None, Scale)) or node.target in MOVES
+
+
+def _nodes(argument: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(argument, found.append)
+    return found
+
+
+def _roots(argument: Any) -> Iterator[fx.Node]:
+    """The value that is written, and everything that it may be a view of."""
+    for node in _nodes(argument):
+        yield node
+        while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+            yield node
+
+
+def _random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+class _Refused(Exception):
+    """Carries a Refusal out of the recursion; it never leaves this file."""
+
+    def __init__(self, reason: str, node: fx.Node) -> None:
+        self.refusal = Refusal(reason, node)
+
+
+class _Walk:
+    """The search for one region. ``carried`` grows until every producer and every reader of every carried value is decided."""
+
+    def __init__(self, cut: fx.Node, kind: type[Map], explicit: Explicit, weights: set[fx.Node]) -> None:
+        self.cut, self.kind, self.explicit, self.weights = cut, kind, explicit, weights
+        self.carried: dict[fx.Node, Any] = {}
+        self.entered_by: dict[fx.Node, fx.Node] = {}  # the operand through which an op carries the map on
+        self.joined: set[fx.Node] = set()  # ops whose operands all carry it
+        self.needed: set[fx.Node] = set()  # values that were asked for, not merely reached
+        self.producers: list[Site] = []
+        self.readers: list[Site] = []
+        self.constants: list[Site] = []
+        self.leftovers: list[Site] = []
+        self.passed: list[tuple[fx.Node, fx.Node, int]] = []
+        self.why: dict[fx.Node, str] = {}
+        self.at_source = False
+
+    def region(self, channels: int) -> Region | Refusal:
+        try:
+            layout = Layout.last(channels, self.cut.meta["val"].ndim)
+            self._start(layout)
+            done: set[fx.Node] = set()
+            while waiting := [value for value in self.carried if value not in done]:
+                for value in waiting:
+                    done.add(value)
+                    for reader, argument in edges(value):
+                        self._read(value, reader, argument)
+            self._prune()
+        except _Refused as refused:
+            return refused.refusal
+        if not self.readers:
+            why = next((f": {reason}" for reason in self.why.values()), "")
+            return Refusal(f"nothing that reads '{self.cut.name}' can absorb the map{why}", self.cut)
+        if self.explicit is Explicit.NOWHERE and self.leftovers:
+            site = self.leftovers[0]
+            return Refusal(self.why[site.node], site.node)
+        return Region(
+            self.cut, self.kind, channels, self.carried, tuple(self.producers), tuple(self.readers), tuple(self.constants),
+            tuple(self.leftovers), self.at_source, frozenset(self.joined),
+        )  # fmt: skip
+
+    def _start(self, layout: Layout) -> None:
+        if self.explicit is Explicit.SOURCE:
+            self.at_source = True
+            self._carry(self.cut, layout)
+            self.needed.add(self.cut)
+        else:
+            self._demand(self.cut, layout)
+
+    def _carry(self, value: fx.Node, layout: Any) -> bool:
+        """Note that ``value`` carries the map; False if it carries it otherwise already."""
+        if value in self.carried:
+            return bool(self.carried[value] == layout)
+        if self.kind is Rotation and not _whole(value, layout):
+            return False
+        self.carried[value] = layout
+        return True
+
+    def _demand(self, value: fx.Node, layout: Any) -> None:
+        """Make ``value`` carry the map, by what produces it; raises _Refused."""
+        if value in self.carried:
+            if self.carried[value] == layout:
+                return
+            raise _Refused("two ways lead here with different channels", value)
+        if not self._carry(value, layout):
+            raise _Refused("a rotation needs the last axis whole", value)
+        self.needed.add(value)
+        refusal = _Refused(f"{_name(value)} cannot produce the map", value)
+        if isinstance(layout, Layout):
+            for law in laws_of(value.target, None, self.kind):
+                if self._fits(law, value, layout):
+                    self.producers.append(Site(value, None, value, layout, law))
+                    return
+        for argument in range(len(value.args)):
+            for law in laws_of(value.target, argument, self.kind):
+                if law.effect in (Effect.PASSES, Effect.AGREES) and (law.only_if is None or law.only_if(value)):
+                    state = self._state()
+                    try:
+                        return self._demand_operands(value, argument, law, layout)
+                    except _Refused as refused:
+                        refusal = refused
+                        self._restore(state)
+        raise refusal
+
+    def _demand_operands(self, value: fx.Node, argument: int, law: Law, layout: Any) -> None:
+        operands = _nodes(value.args[argument]) if law.effect is Effect.PASSES else value.all_input_nodes
+        numbers = law.effect is Effect.AGREES and not all(isinstance(a, (fx.Node, list, tuple)) for a in value.args[:2][: 2 - (value.target is aten.cat.default)])
+        if not operands or numbers or (law.effect is Effect.PASSES and operands[0] in self.weights):
+            raise _Refused(f"{_name(value)} has an operand that cannot carry the map", value)
+        if law.effect is Effect.PASSES:
+            inner = backward(value, argument, layout)
+            if inner is None:
+                raise _Refused(f"the channels of {_name(value)} do not lead back to its argument", value)
+            self.entered_by[value] = operands[0]
+            self._demand(operands[0], inner)
+            return
+        self.joined.add(value)
+        self._agree(value, layout, None)
+
+    def _agree(self, value: fx.Node, layout: Layout, known: fx.Node | None) -> None:
+        """Every other operand of an add or cat takes the map too."""
+        for n, operand in self._operands(value):
+            if operand is known:
+                continue
+            inner = layout if value.target is aten.cat.default else backward(value, n, layout)
+            if not isinstance(inner, Layout):
+                raise _Refused(f"the operands of {_name(value)} differ in their channels", value)
+            if operand in self.weights:
+                self.constants.append(Site(value, n, operand, inner))
+            elif not _empty(operand):
+                self._demand(operand, inner)
+
+    @staticmethod
+    def _operands(value: fx.Node) -> list[tuple[int, fx.Node]]:
+        given = [(0, a) for a in value.args[0]] if value.target is aten.cat.default else list(enumerate(value.args[:2]))  # type: ignore[union-attr, arg-type]
+        return [(n, a) for n, a in given if isinstance(a, fx.Node)]
+
+    def _read(self, value: fx.Node, reader: fx.Node, argument: int | str) -> None:
+        """Decide one edge: the reader absorbs the map, passes it on, or an inverse is left over."""
+        layout = self.carried[value]
+        if writes(reader, argument):
+            raise _Refused(f"{_name(reader)} writes to the value in place", reader)
+        if reader in self.carried and (self.entered_by.get(reader) is value or reader in self.joined):
+            self.passed.append((value, reader, int(argument)))
+            return
+        reason = f"{_name(reader)} stops it"
+        if isinstance(argument, int) and reader.op == "call_function":
+            for law in laws_of(reader.target, argument, self.kind):
+                taken = self._try(law, value, reader, argument, layout)
+                if taken is True:
+                    return
+                reason = taken or reason
+        if reader.op == "output":
+            reason = "it is an output of the graph"
+        if not isinstance(layout, Layout):
+            raise _Refused(reason, reader)
+        self.why.setdefault(reader, reason)
+        if self.explicit is Explicit.NOWHERE:
+            raise _Refused(reason, reader)
+        self.leftovers.append(Site(reader, argument, value, layout))
+
+    def _try(self, law: Law, value: fx.Node, reader: fx.Node, argument: int, layout: Any) -> bool | str:
+        """True if ``law`` decides the edge; otherwise the reason why not."""
+        if law.effect is Effect.STOPS:
+            return f"{_name(reader)} stops it: {law.says}"
+        if law.effect is Effect.READ:
+            if not self._fits(law, reader, layout):
+                return f"{_name(reader)} has no weight to take it"
+            self.readers.append(Site(reader, argument, value, layout, law))
+            return True
+        if law.only_if is not None and not law.only_if(reader):
+            return f"{_name(reader)} does not meet the condition of: {law.says}"
+        carried_on = forward_any(reader, argument, layout) if law.effect is Effect.PASSES else self._agreed(reader, layout, argument)
+        if carried_on is None:
+            return f"{_name(reader)} mixes the channels with another axis"
+        if isinstance(carried_on, Layout) and carried_on.untouched:
+            return True
+        if isinstance(carried_on, Layout) and not reader.meta["val"].is_floating_point():
+            return f"{_name(reader)} rounds it"
+        others = [n for n in reader.all_input_nodes if n is not value and n in self.carried]
+        twice = sum(value in _nodes(a) for a in reader.args) > 1
+        if law.effect is Effect.PASSES and (reader in self.carried or (others and law.kind is not Rotation) or twice):
+            return f"two operands of {_name(reader)} carry it"
+        if law.effect is Effect.AGREES:
+            return self._join(value, reader, argument, carried_on)
+        if not self._carry(reader, carried_on):
+            return f"{_name(reader)} carries it otherwise"
+        self.entered_by[reader] = value
+        self.passed.append((value, reader, argument))
+        return True
+
+    def _agreed(self, reader: fx.Node, layout: Layout, argument: int) -> Layout | None:
+        """The layout of a sum or a concatenation whose operands all have ``layout``."""
+        if reader.target is not aten.cat.default:
+            found = forward(reader, argument, layout)
+            return found if isinstance(found, Layout) else None
+        axis = int(reader.args[1] if len(reader.args) > 1 else reader.kwargs.get("dim", 0)) % layout.rank  # type: ignore[arg-type]
+        return layout if layout.index.shape[axis] == 1 else None
+
+    def _join(self, value: fx.Node, reader: fx.Node, argument: int, layout: Layout) -> bool | str:
+        """An add or cat: carried on if the other operands carry the same map already, are constants, or can be made to."""
+        if not all(isinstance(a, fx.Node) for a in reader.args[:2]) and reader.target is not aten.cat.default:
+            return f"a number is added by {_name(reader)}"
+        missing = [
+            operand for n, operand in self._operands(reader)
+            if operand is not value and operand not in self.weights and not _empty(operand) and self.carried.get(operand) != self._operand_layout(reader, n, layout)
+        ]  # fmt: skip
+        if missing and self.explicit is not Explicit.NOWHERE:
+            return f"the other operand of {_name(reader)}, '{missing[0].name}', does not carry it"
+        state = self._state()
+        if not self._carry(reader, layout):
+            return f"{_name(reader)} carries it otherwise"
+        self.joined.add(reader)
+        try:
+            self._agree(reader, layout, value)
+        except _Refused as refused:
+            self._restore(state)
+            return str(refused.refusal)
+        # An operand that came first was taken for a leftover: it agrees after all.
+        self.leftovers = [site for site in self.leftovers if site.node is not reader]
+        self.why.pop(reader, None)
+        for n, operand in self._operands(reader):
+            if operand in self.carried:
+                self.passed.append((operand, reader, n))
+        return True
+
+    def _operand_layout(self, reader: fx.Node, argument: int, layout: Layout) -> Any:
+        return layout if reader.target is aten.cat.default else backward(reader, argument, layout)
+
+    def _fits(self, law: Law, node: fx.Node, layout: Any) -> bool:
+        """The op has weights that depend on parameters only, and its channels lie as the law needs them."""
+        if not isinstance(layout, Layout) or (law.whole_axis and not layout.on_last_axis):
+            return False
+        if law.only_if is not None and not law.only_if(node):
+            return False
+        given = [node.args[n] if n < len(node.args) else None for n in law.weights]
+        if not all(w is None or w in self.weights for w in given):
+            return False
+        return node.target in _OPTIONAL or all(w is not None for w in given)
+
+    def _prune(self) -> None:
+        """Where nothing further on absorbs the map it is not carried on: one inverse on the spot costs less than several later."""
+        if self.explicit is Explicit.NOWHERE:
+            return
+        useful = {site.value for site in self.readers} | self.needed
+        changed = True
+        while changed:
+            more = {value for value, reader, _ in self.passed if reader in useful} - useful
+            useful |= more
+            changed = bool(more)
+        kept = {value: layout for value, layout in self.carried.items() if value in useful}
+        ends = [Site(reader, n, value, self.carried[value]) for value, reader, n in self.passed if value in kept and reader not in kept]
+        if any(not isinstance(site.layout, Layout) for site in ends):
+            ends = [site for site in ends if isinstance(site.layout, Layout)]
+        self.leftovers = [site for site in self.leftovers if site.value in kept] + ends
+        self.constants = [site for site in self.constants if site.node in kept]
+        self.joined &= set(kept)
+        self.carried = kept
+
+    def _state(self) -> tuple[Any, ...]:
+        return (
+            dict(self.carried), dict(self.entered_by), set(self.joined), set(self.needed), list(self.producers),
+            list(self.readers), list(self.constants), list(self.leftovers), list(self.passed),
+        )  # fmt: skip
+
+    def _restore(self, state: tuple[Any, ...]) -> None:
+        (
+            self.carried, self.entered_by, self.joined, self.needed, self.producers,
+            self.readers, self.constants, self.leftovers, self.passed,
+        ) = state  # fmt: skip
+
+
+_OPTIONAL = (aten.linear.default, aten.layer_norm.default, *RMS_NORM)  # a bias or a gain may be absent
+
+
+def _name(node: fx.Node) -> str:
+    op = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    return f"{op} '{node.name}'"
+
+
+def _empty(node: fx.Node) -> bool:
+    """A tensor without elements, such as the cache of the first step."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and any(isinstance(size, int) and size == 0 for size in value.shape)
+
+
+def _whole(value: fx.Node, layout: Any) -> bool:
+    size = value.meta["val"].shape[-1] if isinstance(layout, Layout) else None
+    return isinstance(size, int) and layout.on_last_axis and layout.is_plain(size)

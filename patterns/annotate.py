@@ -1,0 +1,164 @@
+"""Say which edges of a graph are quantized and how: every product with a parameter becomes a Site, quantized or with a reason."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph.capture import Parameter
+from fxquant.graph.fold import cone_of, unit_of
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.ops import fake_quantize
+from fxquant.graph.tidy import value
+from fxquant.numerics.granularity import PerChannel, PerToken
+from fxquant.numerics.ranges import Given
+from fxquant.recipe import Recipe, Spec
+from fxquant.report import sqnr
+
+from .linear import parameter_products
+
+aten = torch.ops.aten
+SITE = "fxquant_site"  # the key of the site that a node computes, in its meta
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One product (or listed look-up) of a graph that reads a parameter.
+
+    ``path`` is the parameter's name, ``argument`` its position among the graph's arguments, ``arguments`` all the positions that
+    its weight expression reads; ``reason`` says why it stays in floating point (empty: it is quantized).
+    """
+
+    key: str
+    path: str
+    op: str
+    argument: int
+    arguments: tuple[int, ...]
+    elements: int
+    counted: bool
+    activation: Spec | None = None
+    weight: Spec | None = None
+    reason: str = ""
+    noise: Callable[[Sequence[Any]], float] | None = None
+
+    @property
+    def spelled(self) -> str:
+        """The two Specs in a few letters: ``W int8 per channel, A uint8 per token``."""
+        sides = (("W", self.weight), ("A", self.activation))
+        return ", ".join(f"{letter} {spec.brief}" for letter, spec in sides if spec is not None)
+
+
+def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel) -> list[Site]:
+    """The sites of ``gm`` under ``recipe``; nodes that compute one get its key. The graph computes what it did."""
+    sites: list[Site] = []
+    inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    for number, (node, weight, kind) in enumerate(parameter_products(gm)):
+        reads = [n for n in cone_of(weight) if n in inputs and Parameter.of(n) is not None]
+        if not reads:
+            continue
+        root = max(reads, key=lambda n: value(n).numel())
+        path = Parameter.of(root).path
+        site = Site(f"{number}:{path}", path, kind, inputs[root], tuple(sorted(inputs[n] for n in reads)), value(root).numel(), _counted(kind))
+        site = _decide(site, node, weight, recipe)
+        if not site.reason and not fuel.take(f"quantize {path}"):
+            site = replace(site, reason="out of fuel")
+        if not site.reason:
+            node.meta[SITE] = site.key
+            site = replace(site, noise=_noise(gm, weight, site))
+        sites.append(site)
+    return sites
+
+
+def quantize(gm: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
+    """Put a fake quantization on every annotated edge, in place; an input that several sites read alike is rounded once."""
+    chosen = {site.key: site for site in sites}
+    rounded: dict[tuple[fx.Node, Spec], fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        site = chosen.get(node.meta.get(SITE))
+        if site is None:
+            continue
+        x, weight = node.args[0], node.args[1]
+        if site.activation is not None:
+            if (x, site.activation) not in rounded:
+                rounded[x, site.activation] = _round(gm, node, x, site.activation)
+            node.update_arg(0, rounded[x, site.activation])
+        if site.weight is not None:
+            node.update_arg(1, _round_weight(gm, node, weight, site))
+    gm.recompile()
+    return gm
+
+
+def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
+    """The Specs of a site, or the reason why it has none."""
+    refuse = lambda reason: replace(site, reason=reason)  # noqa: E731
+    if rule := recipe.ignores(site.path):
+        return refuse(f"ignored by {rule!r}")
+    if site.op == "embedding":
+        return refuse("an embedding look-up reads one row per token; this recipe leaves it in floating point")
+    if site.op.startswith("conv"):
+        return refuse("a convolution that is no patch embedding; only matrix products are quantized")
+    w = value(weight)
+    if not w.is_floating_point():
+        return refuse(f"the parameter has dtype {w.dtype}, a floating-point one is needed")
+    if not isinstance(node.args[0], fx.Node) or not isinstance(node.args[1], fx.Node) or node.args[1] is not weight:
+        return refuse(f"{node.target} does not read an activation and a weight as its first two arguments")
+    weight_spec, activation = recipe.weights, recipe.activations
+    if weight_spec is not None and site.op != "linear" and isinstance(weight_spec.granularity, PerChannel):
+        weight_spec = replace(weight_spec, granularity=PerToken())  # a stack of matrices: one scale per row of each
+    shape = list(w.shape) if site.op == "linear" else [*w.shape[:-2], w.shape[-1], w.shape[-2]]
+    if weight_spec is not None and (reason := weight_spec.granularity.refusal(shape)):
+        return refuse(reason)
+    if activation is not None:
+        if not value(node.args[0]).is_floating_point():
+            return refuse(f"the activation has dtype {value(node.args[0]).dtype}")
+        if activation.range == Given():
+            given = recipe.given_range(site.path)
+            if given is None:
+                return refuse("the recipe is static and gives no range for this site; add it to ranges")
+            activation = replace(activation, range=Given(*given))
+        if reason := activation.granularity.refusal(value(node.args[0]).shape):
+            return refuse(reason)
+    return replace(site, weight=weight_spec, activation=activation)
+
+
+def _counted(kind: str) -> bool:
+    return kind != "embedding" and not kind.startswith("conv")
+
+
+def _round(gm: fx.GraphModule, before: fx.Node, x: fx.Node, spec: Spec) -> fx.Node:
+    with gm.graph.inserting_before(before):
+        node = gm.graph.call_function(fake_quantize, (x, spec.to_json()))
+    node.meta["val"] = value(x)
+    node.meta["fxquant_written"] = True
+    return node
+
+
+def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, site: Site) -> fx.Node:
+    """A weight [N, K] is rounded along K; of a stack [..., K, N] the transpose is."""
+    if site.op == "linear":
+        return _round(gm, before, weight, site.weight)
+    turn = lambda w: w.transpose(-2, -1)  # noqa: E731
+    return _turned(gm, before, _round(gm, before, _turned(gm, before, weight, turn), site.weight), turn)
+
+
+def _turned(gm: fx.GraphModule, before: fx.Node, x: fx.Node, turn: Callable[[Tensor], Tensor]) -> fx.Node:
+    from fxquant.graph.rewrite import splice
+
+    return splice(gm, before, turn, x)
+
+
+def _noise(gm: fx.GraphModule, weight: fx.Node, site: Site) -> Callable[[Sequence[Any]], float] | None:
+    """The weight's SQNR as a function of the graph's arguments, evaluated when a report is asked for."""
+    spec = site.weight
+    if spec is None:
+        return None
+    unit = unit_of(gm, weight)
+
+    def noise(args: Sequence[Any]) -> float:
+        (w,) = unit().fold([args[i] for i in unit().inputs])
+        w = w if site.op == "linear" else w.transpose(-2, -1)
+        return sqnr(w, spec.fake_quantize(w))
+
+    return noise
