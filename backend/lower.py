@@ -1,5 +1,6 @@
 """From quantize/dequantize pairs to kernels: each quantized product is claimed by the first kernel that supports it."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from fxquant.graph.match import Miss
 from fxquant.graph.ops import fake_quantize, read_spec
 from fxquant.graph.rewrite import replace, splice
 from fxquant.graph.tidy import tidy, value
+from fxquant.recipe import Spec
 
 from .kernels.kernel import Claim, Kernel, Product
 
@@ -31,7 +33,7 @@ def lower(gm: fx.GraphModule, kernels: Sequence[Kernel], fuel: Fuel) -> dict[str
     Returns what happened by the site's key (``node.meta["fxquant_site"]``).
     """
     outcome: dict[str, Lowered] = {}
-    prepared: dict[tuple[str, fx.Node, str], tuple[fx.Node, ...]] = {}
+    prepared: Prepared = {}
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.linear.default)):
         operands = _operands(node)
         if operands is None:
@@ -43,7 +45,7 @@ def lower(gm: fx.GraphModule, kernels: Sequence[Kernel], fuel: Fuel) -> dict[str
         _write(gm, node, kernel, operands, prepared)
         outcome[operands.site] = Lowered(kernel.name, declined)
     for node in list(gm.graph.find_nodes(op="call_function", target=fake_quantize)):
-        replace(gm, node, lambda x, spec: read_spec(spec).fake_quantize(x), *node.args)
+        replace(gm, node, lambda x, spec: read_spec(spec).fake_quantize(x), *node.args, memo="fake_quantize")
     tidy(gm)
     return outcome
 
@@ -91,19 +93,45 @@ def _choose(kernels: Sequence[Kernel], product: Product) -> tuple[Kernel, tuple[
     raise AssertionError("the last kernel supports every product")
 
 
-def _write(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: dict[tuple[str, fx.Node, str], tuple[fx.Node, ...]]) -> None:
-    spec = o.product.weight_spec
-    packed = (o.weight,) if spec is None else splice(gm, node, lambda w: kernel.pack(w, spec), o.weight)
+Prepared = dict[tuple[str, fx.Node, Spec], tuple[fx.Node, ...]]
+
+
+def _write(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: Prepared) -> None:
+    p, packed = o.product, (o.weight,)
+    if p.weight_spec is not None:
+        packed = splice(gm, node, lambda w: kernel.pack(w, p.weight_spec), o.weight, memo=(kernel.name, "pack", p.weight_spec))
     x = _prologue(gm, node, kernel, o, prepared)
-    replace(gm, node, lambda x, w, b: kernel.product(x, w, b, o.product), x, packed, o.bias)
+    last, epilogue = _epilogue(node, kernel)
+    p = dataclasses.replace(p, epilogue=epilogue)
+    memo = (kernel.name, "product", p.activation, p.weight_spec, epilogue, str(p.weight.shape), p.x.dtype)
+    replace(gm, last, lambda x, w, b: kernel.product(x, w, b, p), x, packed, o.bias, memo=memo)
 
 
-def _prologue(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: dict[tuple[str, fx.Node, str], tuple[fx.Node, ...]]) -> tuple[fx.Node, ...]:
+def _prologue(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: Prepared) -> tuple[fx.Node, ...]:
     """The prepared input, written once for all products that read it: the first reader comes first in the graph."""
     spec = o.product.activation
     if spec is None:
         return (o.x,)
-    key = (kernel.name, o.x, repr(spec))
+    key = (kernel.name, o.x, spec)
     if key not in prepared:
-        prepared[key] = tuple(splice(gm, node, lambda x: kernel.prologue(x, spec), o.x))
+        prepared[key] = tuple(splice(gm, node, lambda x: kernel.prologue(x, spec), o.x, memo=(kernel.name, "prologue", spec)))
     return prepared[key]
+
+
+def _epilogue(node: fx.Node, kernel: Kernel) -> tuple[fx.Node, str]:
+    """The node that the kernel computes: the function of the product, if that is all that reads it, else the product itself."""
+    if len(node.users) == 1:
+        (reader,) = node.users
+        name = EPILOGUES.get((reader.target, reader.kwargs.get("approximate", "none")), "")
+        if name in kernel.epilogues and reader.args == (node,):
+            return reader, name
+    return node, ""
+
+
+# Functions of one value that a kernel may apply to its result, by op and ``approximate``.
+EPILOGUES = {
+    (aten.gelu.default, "none"): "gelu",
+    (aten.gelu.default, "tanh"): "gelu_tanh",
+    (aten.silu.default, "none"): "silu",
+    (aten.relu.default, "none"): "relu",
+}

@@ -41,7 +41,8 @@ def in_fresh_process(backend: str) -> float:
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
             "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
         }
-        done = subprocess.run([sys.executable, __file__, "--side", backend], env={**os.environ, **cold}, capture_output=True, text=True)
+        command = [sys.executable, __file__, "--side", backend]
+        done = subprocess.run(command, env={**os.environ, **cold}, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{backend} failed:\n{done.stderr[-3000:]}")
         return float(done.stdout.split()[-1])
@@ -65,7 +66,8 @@ def main() -> None:
     ratio = medians["outlierq"] / medians["inductor"]
     rows: list[tuple[object, ...]] = [("backend", "median", "fastest", "slowest")]
     rows += [(side, f"{medians[side]:.1f} s", f"{min(s):.1f} s", f"{max(s):.1f} s") for side, s in taken.items()]
-    print(f"compile and first call, MiniLM-L6, {args.rounds} cold processes each\n{heading()}\n\n{table(rows)}\n\nratio {ratio:.2f}")
+    print(f"compile and first call, MiniLM-L6, {args.rounds} cold processes each\n{heading()}\n\n{table(rows)}")
+    print(f"\nratio {ratio:.2f}")
     write("compile_time", {"seconds": taken, "ratio": ratio}, args.json)
 
 

@@ -1,4 +1,4 @@
-"""How every benchmark measures and tells: sides in turn, medians with their spread, one table, JSON with versions and machine."""
+"""How every benchmark measures and tells: sides in turn, medians and spread, one table, JSON with versions and machine."""
 
 import ctypes
 import gc
@@ -38,10 +38,10 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int, title: str = "t
     Every side is called three times beforehand: the first call compiles.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    for name, call in progress(sides.items(), f"{title}: warming up"):
-        for _ in range(3):
-            call()
     with torch.no_grad():
+        for call in progress(sides.values(), f"{title}: warming up"):
+            for _ in range(3):
+                call()
         for number in progress(range(rounds), title):
             for name in list(sides)[:: 1 if number % 2 else -1]:
                 start = time.perf_counter()

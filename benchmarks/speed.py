@@ -27,14 +27,15 @@ def main() -> None:
     with torch.no_grad():
         reference = model(**batch).last_hidden_state
         compiled = sides(model, args.recipe)
-        errors = {n: relative_error(m(**batch).last_hidden_state.float(), reference, batch["attention_mask"]) for n, m in compiled.items()}
+        states = {n: m(**batch).last_hidden_state.float() for n, m in compiled.items()}
+        errors = {n: relative_error(s, reference, batch["attention_mask"]) for n, s in states.items()}
         times = in_turn({n: (lambda m=m: m(**batch)) for n, m in compiled.items()}, args.rounds)
 
     ours = times[list(compiled)[-1]].median
     rows: list[tuple[object, ...]] = [("side", "median (spread)", "ours is faster by", "relative error")]
     rows += [(n, t, f"{t.median / ours:.2f}x", f"{errors[n]:.4f}") for n, t in times.items()]
     print(f"MiniLM-L6, batch {args.batch}, length {args.length}, {args.rounds} rounds in turn\n{heading()}\n\n{table(rows)}")
-    results = {n: {"seconds": t._asdict(), "speedup_of_ours": t.median / ours, "relative_error": errors[n]} for n, t in times.items()}
+    results = {n: {"seconds": t, "speedup_of_ours": t.median / ours, "relative_error": errors[n]} for n, t in times.items()}
     write("speed", {"arguments": vars(args), "sides": results}, args.json)
 
 

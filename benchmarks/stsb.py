@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", help="a preset; may be given several times (default: W8A8)")
-    parser.add_argument("--pairs", type=int, help="only the first so many of the 1379 pairs (half of them moves by 0.01 by chance)")
+    parser.add_argument("--pairs", type=int, help="only the first so many pairs (half of the 1379 move by 0.01 by chance)")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -47,8 +47,8 @@ def main() -> None:
         }
         results.append(result)
         points = 100 * (result["spearman"] - results[0]["spearman"])
-        cells = (f"{result['spearman']:.4f}", f"{points:+.2f}", f"{result['mean_cosine']:.5f}", f"{result['relative_error']:.4f}")
-        rows.append((result["model"], *cells))
+        accuracy = (f"{result['spearman']:.4f}", f"{points:+.2f}")
+        rows.append((result["model"], *accuracy, f"{result['mean_cosine']:.5f}", f"{result['relative_error']:.4f}"))
     print(f"STS-B test, {len(pairs)} pairs, all-MiniLM-L6-v2, mean pooling\n{heading()}\n\n{table(rows)}")
     write("stsb", results, args.json)
 

@@ -111,10 +111,12 @@ def main() -> None:
     unknown = set(args.only or ()) - {a.name for a in ZOO}
     if unknown:
         parser.error(f"not in the zoo: {', '.join(sorted(unknown))}")
-    wanted = [a.name for a in ZOO if not (args.only or args.kind) or a.name in (args.only or ()) or a.kind in (args.kind or ())]
+    names, kinds = args.only or (), args.kind or ()
+    wanted = [a.name for a in ZOO if not (names or kinds) or a.name in names or a.kind in kinds]
 
     rows = examine_all(wanted, args.recipe, not args.plain)
-    print(f"{len(rows)} architectures, recipe {args.recipe}, {'plain' if args.plain else 'dressed'} random weights\n{heading()}\n")
+    mode = "plain" if args.plain else "dressed"
+    print(f"{len(rows)} architectures, recipe {args.recipe}, {mode} random weights\n{heading()}\n")
     titles = ("model", "kind", "graphs", "quantized", "coverage", "SQNR dB", "seconds", "misses")
     print(table([titles, *(show(row, args.floor) for row in rows)]))
     good = [row for row in rows if "error" not in row]

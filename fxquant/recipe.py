@@ -39,7 +39,7 @@ class Spec:
             if not isinstance(value := getattr(self, name), kinds):
                 raise RecipeError(f"the {name} of a Spec is {value!r}, one of {_names(kinds)} is needed")
         if isinstance(self.range, Given) and not isinstance(self.granularity, PerTensor):
-            raise RecipeError(f"a given range is that of a whole tensor and the granularity is {self.granularity}; use PerTensor()")
+            raise RecipeError(f"a given range is one per tensor, the granularity is {self.granularity}; use PerTensor()")
 
     def fit(self, x: Tensor) -> QParams:
         """The scales and zero points for ``x``."""
@@ -67,11 +67,16 @@ class Spec:
         return _spec_from_dict("spec", json.loads(text))
 
     @property
+    def is_static(self) -> bool:
+        """The range is given beforehand, not taken from the data at hand."""
+        return isinstance(self.range, Given)
+
+    @property
     def brief(self) -> str:
         """A few words for a report: ``int4 per group of 128``."""
         sign = "int" if getattr(self.format, "symmetric", True) else "uint"
         size = f" of {self.granularity.size}" if isinstance(self.granularity, PerGroup) else ""
-        static = " static" if isinstance(self.range, Given) else ""
+        static = " static" if self.is_static else ""
         return f"{sign}{self.format.bits} per {type(self.granularity).__name__.removeprefix('Per').lower()}{size}{static}"
 
 
@@ -131,7 +136,7 @@ class Recipe:
         """The first rule of ``ignore`` that names ``site`` (a parameter's dotted name), or None.
 
         A plain rule names a module or a parameter by its dotted name or the end of it, and a module stands for all that is
-        in it: ``"mlp.up"`` names ``layers.0.mlp.up.weight``, ``"layers.0"`` all of that layer, ``"head"`` not ``lm_head.weight``.
+        in it: ``"mlp.up"`` names ``layers.0.mlp.up.weight``, ``"layers.0"`` that whole layer, ``"head"`` not ``lm_head``.
         ``"re:..."`` is a regular expression, searched for in the name with and without a final ``.weight``.
         """
         return next((rule for rule in self.ignore if _names_site(rule, site)), None)
@@ -166,7 +171,7 @@ class Recipe:
             raise RecipeError(f"a recipe is given as {type(data).__name__}, a dict as Recipe.to_dict() writes it is needed")
         given = dict(data)
         if (version := given.pop("version", VERSION)) != VERSION:
-            raise RecipeError(f"the recipe has version {version!r}, this fxquant reads version {VERSION}; upgrade, or write it anew")
+            raise RecipeError(f"the recipe has version {version!r}, this fxquant reads version {VERSION}; upgrade it")
         _check_keys("a recipe", given, Recipe)
         for role in ("weights", "activations"):
             if given.get(role) is not None:
@@ -223,7 +228,7 @@ def _check_keys(where: str, given: Mapping[str, Any], kind: Any) -> None:
 
 
 def refuse_tensors(where: str, data: Any) -> None:
-    """Raise RecipeError if ``data`` holds a tensor anywhere: torch.compile compares and copies options, and tensors cannot stand that."""
+    """Raise RecipeError if ``data`` holds a tensor anywhere: torch.compile compares options, and tensors do not compare."""
     if isinstance(data, Tensor):
         raise RecipeError(f"{where} is a tensor, and options hold JSON values alone; write a number, with .item() or .tolist()")
     if isinstance(data, Mapping):

@@ -62,7 +62,5 @@ def gated_mlp(
     x: Tensor, gate_weight: Tensor, gate_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, down_bias: Tensor
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` (Shazeer 2020); ``match.taken`` names the activation. For canonical graphs."""
-    gate = one_of(F.linear(x, gate_weight), F.linear(x, gate_weight, gate_bias))
-    up = one_of(F.linear(x, up_weight), F.linear(x, up_weight, up_bias))
-    inner = _activations(gate) * up
-    return one_of(F.linear(inner, down_weight), F.linear(inner, down_weight, down_bias))
+    inner = _activations(F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
+    return F.linear(inner, down_weight, down_bias)

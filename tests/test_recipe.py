@@ -58,6 +58,23 @@ def test_the_fields_of_the_dict_can_be_left_out(recipe):
 
 
 @given(specs)
+def test_json_brings_a_spec_back(spec):
+    assert Spec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (Spec(IntAffine(8), PerChannel(0)), "int8 per channel"),
+        (Spec(IntAffine(4, symmetric=False), PerGroup(128)), "uint4 per group of 128"),
+        (Spec(IntAffine(8, symmetric=False), PerTensor(), Given()), "uint8 per tensor static"),
+    ],
+)
+def test_a_spec_has_a_few_words_for_a_report(spec, words):
+    assert spec.brief == words
+
+
+@given(specs)
 def test_a_spec_delegates_to_its_format(spec):
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     if spec.range == Given():
@@ -121,14 +138,16 @@ SITE = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.mark.parametrize(
     "rule",
-    [SITE, SITE.removesuffix(".weight"), "up_proj", "up_proj.weight", "mlp.up_proj", "layers.1", "model", r"re:layers\.\d+\.mlp",
-     r"re:up_proj$", r"re:\.weight$", r"re:^model\."],
+    [SITE, SITE.removesuffix(".weight"), "up_proj", "up_proj.weight", "mlp.up_proj", "layers.1", "model",
+     r"re:layers\.\d+\.mlp", r"re:up_proj$", r"re:\.weight$", r"re:^model\."],
 )  # fmt: skip
 def test_a_rule_names_the_site(rule):
     assert Recipe(ignore=("nothing", rule)).ignores(SITE) == rule
 
 
-@pytest.mark.parametrize("rule", ["up", "proj", "layers.10", "layer", "mlp.weight", "model.mlp", "x.up_proj", r"re:^layers", "re:up$"])
+@pytest.mark.parametrize(
+    "rule", ["up", "proj", "layers.10", "layer", "mlp.weight", "model.mlp", "x.up_proj", "re:^layers", "re:up$"]
+)
 def test_a_rule_names_another_site(rule):
     assert Recipe(ignore=(rule,)).ignores(SITE) is None
 

@@ -2,8 +2,9 @@
 
 from .dequantize import DequantizedLinear
 from .grouped_int_cpu import GroupedIntLinear
-from .int8_cpu import Int8Linear
+from .int8_onednn import Int8Linear
+from .int8_vnni import Int8VnniLinear
 from .kernel import Kernel
 from .simulated import SimulatedLinear
 
-KERNELS: tuple[Kernel, ...] = (Int8Linear(), GroupedIntLinear(), DequantizedLinear(), SimulatedLinear())
+KERNELS: tuple[Kernel, ...] = (Int8VnniLinear(), Int8Linear(), GroupedIntLinear(), DequantizedLinear(), SimulatedLinear())

@@ -14,6 +14,7 @@ class DequantizedLinear:
     """Integer weights of any width and granularity, stored packed; activations in floating point."""
 
     name = "decode + float GEMM"
+    epilogues = ()
 
     def supports(self, product: Product) -> Claim | Miss:
         w = product.weight_spec

@@ -8,7 +8,7 @@ from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerGroup, PerToken
 from fxquant.recipe import Spec
 
-from .int8_cpu import Int8Linear
+from .int8_onednn import Int8Linear
 from .kernel import Claim, Product
 
 MOST_GROUPS = 64  # one GEMM each; beyond this the float product is the better deal
@@ -18,6 +18,7 @@ class GroupedIntLinear:
     """Per-token activations of up to 8 bits, symmetric weights of up to 8 bits in groups along K, stored packed."""
 
     name = "grouped int GEMM (u8 x s8, oneDNN)"
+    epilogues = ()
 
     def supports(self, product: Product) -> Claim | Miss:
         x, w = product.activation, product.weight_spec

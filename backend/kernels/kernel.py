@@ -1,7 +1,7 @@
 """What a kernel is: a claim on one quantized product, how its weight is packed, its input prepared, and the product itself."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Product:
     """``linear(x, weight, bias)`` with its Specs, as fake values: what a kernel decides on.
 
     ``x``: [..., K], ``weight``: [N, K]; ``activation`` or ``weight_spec`` is None where that side stays in floating point.
+    ``epilogue`` names the function that follows ("gelu", "gelu_tanh", "silu", "relu"), if the kernel is to apply it.
     """
 
     x: Tensor
@@ -32,6 +33,7 @@ class Product:
     bias: Tensor | None
     activation: Spec | None
     weight_spec: Spec | None
+    epilogue: str = ""
 
 
 class Kernel(Protocol):
@@ -42,6 +44,7 @@ class Kernel(Protocol):
     """
 
     name: str
+    epilogues: tuple[str, ...]  # the functions that ``product`` can apply to its result
 
     def supports(self, product: Product) -> Claim | Miss: ...
 
@@ -50,11 +53,6 @@ class Kernel(Protocol):
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]: ...
 
     def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor: ...
-
-
-def is_static(size: Any) -> bool:
-    """A size known while compiling."""
-    return isinstance(size, int)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Spec | None, weight_spec: Spec | None) -> Tensor:

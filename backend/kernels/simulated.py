@@ -13,6 +13,7 @@ class SimulatedLinear:
     """The reference itself: what no other kernel supports runs here, and the report says so."""
 
     name = "simulated (float GEMM of rounded operands)"
+    epilogues = ()
 
     def supports(self, product: Product) -> Claim | Miss:
         return Claim(self.name)

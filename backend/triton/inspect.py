@@ -9,15 +9,18 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import launch
+from . import epilogue, int8_gemm, launch, row, weight_only
 from .language import triton
 
 TENSOR_CORE = re.compile(r"[IH]G?MMA$")
@@ -42,7 +45,7 @@ class Inspection:
     @cached_property
     def instructions(self) -> list[tuple[int, str, str]]:
         """Every machine instruction: address, full opcode (``LDG.E.128``), the rest of its line."""
-        found = re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", self.sass)
+        found = re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);", self.sass)
         return [(int(address, 16), opcode, rest) for address, opcode, rest in (match.groups() for match in found)]
 
     @cached_property
@@ -77,10 +80,18 @@ class Inspection:
                 if target and labels.get(target[1], address) < address:
                     yield labels[target[1]], address
 
-    def per_weight(self, bits: int, weights: int) -> float:
-        """Instructions that one thread issues in the loop for each weight, ``weights`` per tensor core instruction and thread."""
-        products = sum(n for opcode, n in self.loop.items() if TENSOR_CORE.match(opcode.split(".")[0]))
-        return self.loop.total() / (products * weights)
+    def per_weight(self, tokens: int) -> float:
+        """Instructions that one thread issues in the loop per weight, of a kernel with the weight on the left of ``tokens``.
+
+        One HGMMA takes 64 x 16 weights from the 128 threads of a warp group, one HMMA 16 x 16 from 32 for each 8 tokens: 8 per
+        thread either way; an eight-bit product twice that.
+        """
+        weights = 0.0
+        for opcode, n in self.loop.items():
+            family = opcode.split(".")[0]
+            if TENSOR_CORE.match(family):
+                weights += n * (16 if "I" in family else 8) / (1 if "G" in family else max(tokens, 8) / 8)
+        return self.loop.total() / weights
 
 
 def _label_addresses(sass: str) -> Iterator[tuple[str, int]]:
@@ -96,36 +107,71 @@ def _label_addresses(sass: str) -> Iterator[tuple[str, int]]:
             waiting = []
 
 
-def compile_for(kernel: Any, arguments: Mapping[str, Any], capability: int, *, warps: int, stages: int) -> Inspection:
-    """Compile ``kernel`` for ``capability`` (80, 89, 90) without a GPU.
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch that was asked for: the kernel and every argument by name, tensors included."""
 
-    ``arguments`` names every parameter: a torch dtype stands for a pointer to it, aligned to 16 bytes; an int for an integer
-    argument that is specialised as the launcher would (a multiple of 16, or not); None and constexprs for themselves.
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+
+def launches(run: Callable[[], object], on: launch.Device) -> list[Launch]:
+    """The launches that ``run`` asks for on the device ``on``, none of which happens; its tensors may be fake ones."""
+    found = []
+
+    def recorder(kernel: Any) -> Any:
+        class Recorder:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                def record(*values: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
+                    arguments = dict(zip(kernel.arg_names, values, strict=False)) | named
+                    found.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+
+                return record
+
+        return Recorder()
+
+    with ExitStack() as patches:
+        for module in (row, int8_gemm, weight_only, epilogue):
+            patches.enter_context(patch.object(module, "wrap_triton", recorder))
+        patches.enter_context(patch.object(launch, "device", lambda index: on))
+        run()
+    return found
+
+
+def compile_for(asked: Launch, capability: int) -> Inspection:
+    """Compile the kernel of ``asked`` for ``capability`` (80, 89, 90) as its launch would, without a GPU.
+
+    Integers are specialised as the launcher does (1, a multiple of 16), and tensors start at multiples of 16 bytes.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel = asked.kernel
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name in constexprs or value is None or (value == 1 and isinstance(value, int)):
+        value = asked.arguments[name]
+        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[(place,)] = "constexpr", value
-        elif isinstance(value, torch.dtype):
-            signature[name], attributes[(place,)] = POINTERS[value], [["tt.divisibility", 16]]
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(place,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         else:
             signature[name] = "i32" if isinstance(value, int) else "fp32"
             if isinstance(value, int) and value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": asked.warps, "num_stages": asked.stages, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         sass = _tool("nvdisasm", "-c", file.name)
     numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return Inspection(capability, warps, built.metadata.shared, numbers["REG"], numbers["STACK"], built.asm["ptx"], sass)
+    return Inspection(capability, asked.warps, built.metadata.shared, numbers["REG"], numbers["STACK"], built.asm["ptx"], sass)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -134,3 +180,103 @@ def _tool(name: str, *arguments: str) -> str:
 
     path = Path(triton.backends.nvidia.__file__).parent / "bin" / name
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: an op on fake tensors; ``tokens`` on the narrow side of a weight-only product."""
+
+    name: str
+    run: Callable[[], object]
+    tokens: int | None = None
+
+    def inspect(self, on: launch.Device) -> Inspection:
+        """Compile its first launch for ``on``; the second, if any, adds up the parts of a split K."""
+        with FakeTensorMode():
+            return compile_for(launches(self.run, on)[0], on.capability)
+
+
+def _fake(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def rows_case(D: int, norm: bool, symmetric: bool = True, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+    """4096 rows of D, quantized, or with the residual and LayerNorm in front."""
+
+    def run() -> object:
+        x, vector = _fake(4096, D, dtype=dtype), _fake(D, dtype=dtype)
+        if norm:
+            return row.layer_norm_quantize(x, x, vector, vector, 1e-5, symmetric, keep_sum=True)
+        return row.quantize_rows(x, symmetric)
+
+    return run
+
+
+def int8_case(M: int, N: int, K: int, activation: str = "none", dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+    """The whole epilogue: zero points, scales, bias, activation, residual."""
+
+    def run() -> object:
+        i8 = partial(_fake, dtype=torch.int8)
+        zero, total = _fake(M, 1, dtype=torch.int32), _fake(N, dtype=torch.int32)
+        bias, residual = _fake(N, dtype=dtype), _fake(M, N, dtype=dtype)
+        return int8_gemm.int8_gemm(
+            i8(M, K), i8(N, K), _fake(M, 1), zero, _fake(N), total, bias, activation, residual, dtype
+        )
+
+    return run
+
+
+def weight_case(
+    M: int, bits: int, shifted: bool, group_size: int = 128, width: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], object]:
+    """M tokens times a weight of 4096 x 4096."""
+
+    def run() -> object:
+        N = K = 4096
+        packed = _fake(N, K * bits // 16, dtype=torch.int16)
+        scale = _fake(-(-K // group_size), N)
+        op = weight_only.w4a16_gemm if bits == 4 else weight_only.w8a16_gemm
+        return op(_fake(M, K, dtype=dtype), packed, scale, scale if shifted else None, None, group_size, width)
+
+    return run
+
+
+CASES = (
+    Case("quantize rows of 4096", rows_case(4096, norm=False)),
+    Case("residual + LayerNorm + quantize, 4096", rows_case(4096, norm=True)),
+    Case("the same, asymmetric", rows_case(4096, norm=True, symmetric=False)),
+    Case("residual + LayerNorm + quantize, 384", rows_case(384, norm=True)),
+    Case("int8, M = 4096, erf GELU", int8_case(4096, 4096, 4096, "gelu")),
+    Case("int8, M = 4096", int8_case(4096, 4096, 4096)),
+    Case("int8, M = 64, SiLU", int8_case(64, 4096, 4096, "silu")),
+    Case("int8, M = 16, split K", int8_case(16, 4096, 4096)),
+    Case("W4A16 g128, M = 8", weight_case(8, 4, shifted=False), 8),
+    Case("W4A16 g128 with zero points, M = 8", weight_case(8, 4, shifted=True), 8),
+    Case("W4A16 g128, M = 16", weight_case(16, 4, shifted=False), 16),
+    Case("W4A16 g128, M = 16, float16", weight_case(16, 4, shifted=False, dtype=torch.float16), 16),
+    Case("W4A16 g128, M = 32", weight_case(32, 4, shifted=False), 32),
+    Case("W4A16 g128, M = 64", weight_case(64, 4, shifted=True)),
+    Case("W8A16, M = 16", weight_case(16, 8, shifted=False, group_size=4096), 16),
+)
+
+
+def main() -> None:
+    """Print the table, a line for each case and compute capability."""
+    print("| kernel | sm | registers | stack | shared, bytes | loop | tensor core in loop | instructions per weight |")
+    print("|---|---|---|---|---|---|---|---|")
+    for case in CASES:
+        for on in launch.KNOWN:
+            if on.capability == 86:
+                continue  # compiles to the code of 80
+            seen = case.inspect(on)
+            products = ", ".join(f"{n} {op}" for op, n in seen.loop.items() if TENSOR_CORE.match(op.split(".")[0]))
+            share = f"{seen.per_weight(case.tokens):.2f}" if case.tokens else ""
+            print(
+                f"| {case.name} | {on.capability} | {seen.registers} | {seen.stack} | {seen.shared} "
+                f"| {seen.loop.total() or ''} | {products} | {share} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

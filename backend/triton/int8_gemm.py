@@ -85,7 +85,7 @@ def int8_gemm_kernel(
     if WEIGHT_LEFT:
         acc = tl.trans(acc)
 
-    if PARTS == 1:
+    if parts is None:
         y = rescale(acc, scale_x, zero_x, scale_w, row_sum_w, m, n, M, N)
         store_output(y, out, bias, residual, m, n, M, N, stride_out, stride_residual, ACTIVATION)
     else:
@@ -112,14 +112,14 @@ def launch_int8_gemm(
     q_x, q_w = rows(q_x), rows(q_w)
     residual = None if residual is None else rows(residual)
     out = q_x.new_empty((M, N), dtype=dtype)
-    parts = out if count == 1 else q_x.new_empty((count, M, N), dtype=torch.int32)
+    parts = None if count == 1 else q_x.new_empty((count, M, N), dtype=torch.int32)
     wrap_triton(int8_gemm_kernel)[(ceil_div(M, tile.bm) * ceil_div(N, tile.bn), count)](
-        q_x, q_w, out, parts, scale_x, zero_x, scale_w, row_sum_w, bias, residual,
+        q_x, q_w, out if parts is None else None, parts, scale_x, zero_x, scale_w, row_sum_w, bias, residual,
         M, N, K, q_x.stride(0), q_w.stride(0), out.stride(0), 0 if residual is None else residual.stride(0),
         ACTIVATION=activation, PARTS=count, EVEN_K=K % tile.bk == 0, WEIGHT_LEFT=tile.weight_left,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, BAND=8, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if count > 1:
+    if parts is not None:
         add_parts(parts, out, (scale_x, zero_x, scale_w, row_sum_w), bias, residual, activation)
     return out
 
@@ -148,7 +148,7 @@ def _int8_gemm(
     (M, K), N = q_x.shape, q_w.shape[0]
     on = launch.device(q_x.device.index)
     tile = launch.int8_tile(M, on)
-    count = launch.parts(M, N, ceil_div(K, tile.bk), tile, on)
+    count = launch.parts(N, ceil_div(K, tile.bk), tile, on)
     return launch_int8_gemm(
         q_x, q_w, scale_x, zero_x, scale_w, row_sum_w, bias, residual, activation, out_dtype, tile, count
     )

@@ -6,7 +6,7 @@ whose number of tokens is symbolic is guarded on its bucket only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -55,38 +55,53 @@ def device(index: int | None = None) -> Device:
 
 
 # Rows up to the first entry take that tile. Rows are tokens.
-INT8 = {
-    90: ((16, Tile(16, 64, 128, 4, 4, True)), (64, Tile(64, 64, 128, 4, 4)), (None, Tile(128, 128, 128, 8, 3))),
-    80: ((16, Tile(16, 64, 128, 4, 4, True)), (64, Tile(64, 64, 128, 4, 3)), (None, Tile(128, 128, 64, 8, 3))),
-}
+INT8 = (
+    (16, Tile(16, 64, 128, 4, 4, weight_left=True)),
+    (64, Tile(64, 64, 128, 4, 3)),
+    (None, Tile(128, 128, 128, 8, 3)),
+)
 
 # bk is the slice width of the packed weight, which the packer chose; see weight_only.py.
-WEIGHT_ONLY = (
-    (8, Tile(8, 64, 0, 4, 4, True)),
-    (16, Tile(16, 64, 0, 4, 4, True)),
-    (32, Tile(32, 64, 0, 4, 3, True)),
-    (None, Tile(64, 64, 0, 4, 3, True)),
-)
+WEIGHT_ONLY = {
+    90: (
+        (8, Tile(8, 64, 0, 4, 4, weight_left=True)),
+        (16, Tile(16, 64, 0, 4, 4, weight_left=True)),
+        (32, Tile(32, 64, 0, 4, 3, weight_left=True)),
+        (None, Tile(64, 64, 0, 8, 3, weight_left=True)),
+    ),
+    80: (  # 64 tokens spill: the product of a group and the sum of groups are both in registers
+        (8, Tile(8, 64, 0, 4, 4, weight_left=True)),
+        (16, Tile(16, 64, 0, 4, 4, weight_left=True)),
+        (None, Tile(32, 64, 0, 4, 3, weight_left=True)),
+    ),
+}
 
 MAX_PARTS = 16
 
 
 def int8_tile(M: int, on: Device) -> Tile:
     """The tile for ``M`` tokens of an int8 product."""
-    return _pick(INT8[90 if on.capability >= 90 else 80], M)
+    tile = _pick(INT8, M)
+    return _fit(tile, (tile.bm + tile.bn) * tile.bk, on)
 
 
-def weight_only_tile(M: int) -> Tile:
-    """The tile for ``M`` tokens of a weight-only product."""
-    return _pick(WEIGHT_ONLY, M)
+def weight_only_tile(M: int, slices: int, width: int, on: Device) -> Tile:
+    """The tile for ``M`` tokens of a weight-only product whose words hold ``slices`` slices of ``width`` codes."""
+    tile = _pick(WEIGHT_ONLY[90 if on.capability >= 90 else 80], M)
+    return _fit(tile, (tile.bn + slices * tile.bm) * width * 2, on)
 
 
-def parts(M: int, N: int, steps: int, tile: Tile, on: Device) -> int:
+def _fit(tile: Tile, bytes_per_stage: int, on: Device) -> Tile:
+    """``tile`` with no more stages than shared memory holds: the compiler does not check."""
+    return replace(tile, stages=max(1, min(tile.stages, on.shared // bytes_per_stage)))
+
+
+def parts(N: int, steps: int, tile: Tile, on: Device) -> int:
     """Into how many parts K is split: a power of two that gives every processor two programs, with two steps left to each.
 
-    Only few tokens are split: ``M`` decides by its bucket alone (one row of tiles), so that a symbolic number is not pinned.
+    Only few tokens are split, and how many they are is known to the tile: a symbolic number of tokens is not looked at.
     """
-    if not tile.weight_left or tile.bm > 32:
+    if not tile.weight_left or tile.bm > 16:
         return 1
     programs = ceil_div(N, tile.bn)
     wanted = power_of_two(ceil_div(2 * on.processors, programs))

@@ -43,12 +43,25 @@ class Map:
         """``x``, from ``x~``."""
         raise NotImplementedError
 
+    @staticmethod
+    def inverse(m: Any) -> Any:
+        """The number or matrix that undoes what ``m`` does: ``undo(x, inverse(m)) == apply(x, m)``."""
+        raise NotImplementedError
+
+    explicit: ClassVar[Any]  # the op that undoes the map where it is left over, with the operand ``operand(m)``
+
+    @staticmethod
+    def operand(m: Any) -> Any:
+        """What ``explicit`` takes beside ``x~``."""
+        return m
+
 
 @dataclass(frozen=True)
 class Scale(Map):
     """``x~ = x / s``, with no ``s_j`` zero; a negative one is as good as a positive one, except for ReLU."""
 
     neutral: ClassVar[float] = 1.0
+    explicit: ClassVar[Any] = aten.mul.Tensor
 
     @staticmethod
     def apply(x: Any, m: Any) -> Any:
@@ -57,6 +70,10 @@ class Scale(Map):
     @staticmethod
     def undo(x: Any, m: Any) -> Any:
         return x * m
+
+    @staticmethod
+    def inverse(m: Any) -> Any:
+        return 1 / m
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,8 @@ class PositiveScale(Scale):
 class Shift(Map):
     """``x~ = x - z``."""
 
+    explicit: ClassVar[Any] = aten.add.Tensor
+
     @staticmethod
     def apply(x: Any, m: Any) -> Any:
         return x - m
@@ -76,10 +95,16 @@ class Shift(Map):
     def undo(x: Any, m: Any) -> Any:
         return x + m
 
+    @staticmethod
+    def inverse(m: Any) -> Any:
+        return -m
+
 
 @dataclass(frozen=True)
 class Rotation(Map):
     """``x~ = x R`` with ``R`` orthogonal, on the last axis as a whole."""
+
+    explicit: ClassVar[Any] = aten.matmul.default
 
     @staticmethod
     def apply(x: Any, m: Any) -> Any:
@@ -88,6 +113,14 @@ class Rotation(Map):
     @staticmethod
     def undo(x: Any, m: Any) -> Any:
         return x @ m.T
+
+    @staticmethod
+    def inverse(m: Any) -> Any:
+        return m.T
+
+    @staticmethod
+    def operand(m: Any) -> Any:
+        return m.T
 
 
 class Effect(Enum):
@@ -145,9 +178,9 @@ MOVES = (
 SQUASHES = (aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, *SOFTMAX)
 
 
-def _some(b: Any, then: Callable[[Any], Any], otherwise: Any = None) -> Any:
+def _some(b: Any, then: Callable[[Any], Any], otherwise: Callable[[], Any] = lambda: None) -> Any:
     """``then(b)`` for a bias that is there."""
-    return otherwise if b is None else then(b)
+    return otherwise() if b is None else then(b)
 
 
 def _floating(node: fx.Node) -> bool:
@@ -191,20 +224,20 @@ LAWS: tuple[Law, ...] = (
     # linear(x, W, b) = x W^T + b
     Law(LINEAR, 0, Scale, READ, "linear(x / s, W * s, b) == linear(x, W, b)", (1, 2), lambda W, b, s: (W * s, b)),
     Law(LINEAR, 0, Shift, READ, "linear(x - z, W, b + W z) == linear(x, W, b)", (1, 2),
-        lambda W, b, z: (W, _some(b, lambda b: b + W @ z, W @ z))),
+        lambda W, b, z: (W, _some(b, lambda b: b + W @ z, lambda: W @ z))),
     Law(LINEAR, 0, Rotation, READ, "linear(x R, W R, b) == linear(x, W, b)", (1, 2), lambda W, b, R: (W @ R, b)),
     Law(LINEAR, None, Scale, MADE, "linear(x, W / s', b / s) == linear(x, W, b) / s", (1, 2),
         lambda W, b, s: (W / s[:, None], _some(b, lambda b: b / s))),
-    Law(LINEAR, None, Shift, MADE, "linear(x, W, b - z) == linear(x, W, b) - z", (1, 2), lambda W, b, z: (W, _some(b, lambda b: b - z, -z))),
+    Law(LINEAR, None, Shift, MADE, "linear(x, W, b - z) == linear(x, W, b) - z", (1, 2), lambda W, b, z: (W, _some(b, lambda b: b - z, lambda: -z))),
     Law(LINEAR, None, Rotation, MADE, "linear(x, R^T W, b R) == linear(x, W, b) R", (1, 2),
         lambda W, b, R: (R.T @ W, _some(b, lambda b: b @ R))),
     # norms: n(x) w + b, with n(x) of mean 0 and variance 1, or of mean square 1
     Law(LAYER_NORM, None, Scale, MADE, "layer_norm(x, w / s, b / s) == layer_norm(x, w, b) / s", (2, 3),
-        lambda w, b, s: (_some(w, lambda w: w / s, 1 / s), _some(b, lambda b: b / s)), _one_axis),
+        lambda w, b, s: (_some(w, lambda w: w / s, lambda: 1 / s), _some(b, lambda b: b / s)), _one_axis),
     Law(LAYER_NORM, None, Shift, MADE, "layer_norm(x, w, b - z) == layer_norm(x, w, b) - z", (2, 3),
-        lambda w, b, z: (_some(w, lambda w: w, 1 + 0 * z), _some(b, lambda b: b - z, -z)), _one_axis),
+        lambda w, b, z: (w, _some(b, lambda b: b - z, lambda: -z)), _one_axis),
     Law(RMS_NORM, None, Scale, MADE, "rms_norm(x, w / s) == rms_norm(x, w) / s", (2,),
-        lambda w, s: (_some(w, lambda w: w / s, 1 / s),), _one_axis),
+        lambda w, s: (_some(w, lambda w: w / s, lambda: 1 / s),), _one_axis),
     Law(RMS_NORM, 0, Rotation, PASSES, "rms_norm(x R) == rms_norm(x) R without a gain", only_if=_no_gain),
     Law(NORMS, 0, Scale, STOPS, "the statistics of a norm mix its channels"),
     # a table of rows

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .capture import trace
 from .effects import writers_of
-from .spelling import CASTS, FAMILIES, LAYOUTS, RULES, Call, Product, Sum, Through, is_float_cast, spell, widens
+from .spelling import CASTS, MEMBERS, PRODUCTS, SUMS, Call, Product, Sum, Through, spell, widens
 from .tidy import tidy, value
 
 TOLERANCE = 1e-8  # relative: 0.79788456 in a model is the sqrt(2 / pi) of the pattern
@@ -218,6 +218,11 @@ class _Search:
         """Every way in which ``term`` reads ``node``."""
         if isinstance(term, Var):
             yield from self._bind(term, node, state)
+        elif term is None:
+            if node is None:
+                yield state
+            else:
+                self.note(state, node, "'{}' is given where nothing is needed", node)
         elif isinstance(term, Choice):
             for label, alternative in zip(term.labels, term.terms, strict=True):
                 taken = (*state.taken, label) if label else state.taken
@@ -382,10 +387,9 @@ def _heads(term: Any) -> Iterator[Any]:
         for alternative in term.terms:
             yield from _heads(alternative)
     elif isinstance(term, Monoid):
-        yield from (op for op in RULES if op not in LAYOUTS)
+        yield from PRODUCTS if term.kind is Product else SUMS
     elif isinstance(term, Apply):
-        families = [op for op, family in FAMILIES.items() if family == term.key]
-        yield from families or ([term.key] if not isinstance(term.key, str) else [op for op in RULES if op not in LAYOUTS])
+        yield from MEMBERS.get(term.key, (term.key,))
 
 
 def _compile(p: Pattern) -> Any:
@@ -394,7 +398,7 @@ def _compile(p: Pattern) -> Any:
     numbers = {name: 0.0137 + 0.00731 * i for i, name in enumerate(n for n in p.variables if n not in p.examples)}
     with mode:
         tensors = {
-            name: torch.empty(example) if not isinstance(example, torch.Tensor) else example for name, example in p.examples.items()
+            name: torch.empty(e.shape, dtype=e.dtype) if isinstance(e, torch.Tensor) else torch.empty(e) for name, e in p.examples.items()
         }
 
     def on_tensors(*given: torch.Tensor) -> torch.Tensor:
@@ -406,7 +410,7 @@ def _compile(p: Pattern) -> Any:
 
     def read(node: Any) -> Any:
         if node is None:
-            return Var("_")
+            return None
         if isinstance(node, list | tuple):
             return tuple(read(n) for n in node)
         if node in names:
@@ -440,4 +444,4 @@ def _flat(spelled: Product | Sum, read: Callable[[Any], Any], scalars: Mapping[f
     return Monoid(kind, tuple(parts), tuple(literals))
 
 
-__all__ = ["Match", "Miss", "Pattern", "one_of", "pattern", "is_float_cast"]
+__all__ = ["Match", "Miss", "Pattern", "one_of", "pattern"]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .capture import Parameter
-from .laws import MUL, RMS_NORM, Effect, Law, Map, Rotation, laws_of
-from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, Layout, backward, forward, forward_any
-from .tidy import is_impure
+from .effects import written_by
+from .laws import MOVES, MUL, RMS_NORM, Effect, Law, Map, Rotation, Scale, laws_of
+from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, Layout, backward, forward, forward_any, same, shape
+from .weights import parameter_only
 
 aten = torch.ops.aten
 
@@ -74,7 +74,7 @@ class Region:
 def find(gm: fx.GraphModule, cut: fx.Node, kind: type[Map], *, explicit: Explicit = Explicit.READERS) -> Region | Refusal:
     """The region of a map of ``kind`` on the last axis of ``cut``, or why there is none. Nothing is changed.
 
-    A region in which nothing absorbs the map is refused: it would only add an op.
+    A region in which no matrix product absorbs the map is refused: it would only add an op.
     """
     value = cut.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or not value.is_floating_point():
@@ -82,33 +82,7 @@ def find(gm: fx.GraphModule, cut: fx.Node, kind: type[Map], *, explicit: Explici
     channels = value.shape[-1]
     if not isinstance(channels, int):
         return Refusal(f"the number of channels must be known, and is {channels}", cut)
-    return _Walk(cut, kind, explicit, weight_nodes(gm)).region(channels)
-
-
-def weight_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """Every node that depends on parameters, buffers and constants only, and that nothing in the graph writes to."""
-    written = {root for node in gm.graph.nodes for n, a in enumerate(node.args) if writes(node, n) for root in _roots(a)}
-    weights: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            constant = Parameter.of(node) is not None
-        elif node.op == "get_attr":
-            constant = isinstance(node.meta.get("val"), torch.Tensor)
-        else:
-            pure = node.op == "call_function" and not is_impure(node) and not _random(node)
-            constant = pure and bool(node.all_input_nodes) and all(n in weights for n in node.all_input_nodes)
-        if constant and node not in written:
-            weights.add(node)
-    return weights
-
-
-def writes(reader: fx.Node, argument: int | str) -> bool:
-    """True if the op writes to that argument in place."""
-    if not isinstance(reader.target, torch._ops.OpOverload) or not reader.target._schema.is_mutable:
-        return False
-    schema = reader.target._schema.arguments
-    found = schema[argument] if isinstance(argument, int) else next((a for a in schema if a.name == argument), None)
-    return found is None or (found.alias_info is not None and found.alias_info.is_write)
+    return _Walk(cut, kind, explicit, parameter_only(gm)).region(channels)
 
 
 def edges(value: fx.Node) -> Iterator[tuple[fx.Node, int | str]]:
@@ -131,35 +105,16 @@ def source_of(value: fx.Node) -> fx.Node:
             value = node.args[1]  # type: ignore[assignment]
         elif node.target in MUL:
             ends = [source_of(a) for a in (node.args[1], node.args[0]) if isinstance(a, fx.Node)]
-            made = [end for end in ends if laws_of(end.target, None, Map) or _makes(end)]
+            made = [end for end in ends if end.target in MOVES or laws_of(end.target, None, Scale)]
             return made[0] if made else node
         else:
             return node
-
-
-def _makes(node: fx.Node) -> bool:
-    from .laws import MOVES, Scale
-
-    return bool(laws_of(node.target, None, Scale)) or node.target in MOVES
 
 
 def _nodes(argument: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(argument, found.append)
     return found
-
-
-def _roots(argument: Any) -> Iterator[fx.Node]:
-    """The value that is written, and everything that it may be a view of."""
-    for node in _nodes(argument):
-        yield node
-        while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-            yield node
-
-
-def _random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 class _Refused(Exception):
@@ -199,9 +154,9 @@ class _Walk:
             self._prune()
         except _Refused as refused:
             return refused.refusal
-        if not self.readers:
+        if not any(site.law and site.law.whole_axis for site in self.readers):
             why = next((f": {reason}" for reason in self.why.values()), "")
-            return Refusal(f"nothing that reads '{self.cut.name}' can absorb the map{why}", self.cut)
+            return Refusal(f"no linear that reads '{self.cut.name}' can absorb the map{why}", self.cut)
         if self.explicit is Explicit.NOWHERE and self.leftovers:
             site = self.leftovers[0]
             return Refusal(self.why[site.node], site.node)
@@ -222,6 +177,8 @@ class _Walk:
         """Note that ``value`` carries the map; False if it carries it otherwise already."""
         if value in self.carried:
             return bool(self.carried[value] == layout)
+        if isinstance(layout, Layout) and not _belongs(layout, value):
+            return False
         if self.kind is Rotation and not _whole(value, layout):
             return False
         self.carried[value] = layout
@@ -234,7 +191,7 @@ class _Walk:
                 return
             raise _Refused("two ways lead here with different channels", value)
         if not self._carry(value, layout):
-            raise _Refused("a rotation needs the last axis whole", value)
+            raise _Refused(f"{_name(value)} does not have all the channels", value)
         self.needed.add(value)
         refusal = _Refused(f"{_name(value)} cannot produce the map", value)
         if isinstance(layout, Layout):
@@ -255,8 +212,9 @@ class _Walk:
 
     def _demand_operands(self, value: fx.Node, argument: int, law: Law, layout: Any) -> None:
         operands = _nodes(value.args[argument]) if law.effect is Effect.PASSES else value.all_input_nodes
-        numbers = law.effect is Effect.AGREES and not all(isinstance(a, (fx.Node, list, tuple)) for a in value.args[:2][: 2 - (value.target is aten.cat.default)])
-        if not operands or numbers or (law.effect is Effect.PASSES and operands[0] in self.weights):
+        numbers = law.effect is Effect.AGREES and _has_number(value)
+        twice = sum(operands[:1] == [n] for a in value.args for n in _nodes(a)) > 1
+        if not operands or numbers or twice or (law.effect is Effect.PASSES and operands[0] in self.weights):
             raise _Refused(f"{_name(value)} has an operand that cannot carry the map", value)
         if law.effect is Effect.PASSES:
             inner = backward(value, argument, layout)
@@ -277,7 +235,7 @@ class _Walk:
             if not isinstance(inner, Layout):
                 raise _Refused(f"the operands of {_name(value)} differ in their channels", value)
             if operand in self.weights:
-                self.constants.append(Site(value, n, operand, inner))
+                self.constants.append(Site(value, 0 if value.target is aten.cat.default else n, operand, inner))
             elif not _empty(operand):
                 self._demand(operand, inner)
 
@@ -289,7 +247,7 @@ class _Walk:
     def _read(self, value: fx.Node, reader: fx.Node, argument: int | str) -> None:
         """Decide one edge: the reader absorbs the map, passes it on, or an inverse is left over."""
         layout = self.carried[value]
-        if writes(reader, argument):
+        if value in written_by(reader):
             raise _Refused(f"{_name(reader)} writes to the value in place", reader)
         if reader in self.carried and (self.entered_by.get(reader) is value or reader in self.joined):
             self.passed.append((value, reader, int(argument)))
@@ -350,7 +308,7 @@ class _Walk:
 
     def _join(self, value: fx.Node, reader: fx.Node, argument: int, layout: Layout) -> bool | str:
         """An add or cat: carried on if the other operands carry the same map already, are constants, or can be made to."""
-        if not all(isinstance(a, fx.Node) for a in reader.args[:2]) and reader.target is not aten.cat.default:
+        if _has_number(reader):
             return f"a number is added by {_name(reader)}"
         missing = [
             operand for n, operand in self._operands(reader)
@@ -397,12 +355,12 @@ class _Walk:
         changed = True
         while changed:
             more = {value for value, reader, _ in self.passed if reader in useful} - useful
+            # The parts of a split have no tensor before getitem: an inverse can only come after it.
+            more |= {reader for value, reader, _ in self.passed if value in useful and isinstance(self.carried[value], list)} - useful
             useful |= more
             changed = bool(more)
         kept = {value: layout for value, layout in self.carried.items() if value in useful}
         ends = [Site(reader, n, value, self.carried[value]) for value, reader, n in self.passed if value in kept and reader not in kept]
-        if any(not isinstance(site.layout, Layout) for site in ends):
-            ends = [site for site in ends if isinstance(site.layout, Layout)]
         self.leftovers = [site for site in self.leftovers if site.value in kept] + ends
         self.constants = [site for site in self.constants if site.node in kept]
         self.joined &= set(kept)
@@ -433,6 +391,17 @@ def _empty(node: fx.Node) -> bool:
     """A tensor without elements, such as the cache of the first step."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and any(isinstance(size, int) and size == 0 for size in value.shape)
+
+
+def _has_number(node: fx.Node) -> bool:
+    """An add or sub of a Python number."""
+    return node.target is not aten.cat.default and not all(isinstance(a, fx.Node) for a in node.args[:2])
+
+
+def _belongs(layout: Layout, value: fx.Node) -> bool:
+    """The tensor has an element for every entry of the layout: a sum's operand that is broadcast over the channels has not."""
+    sizes = shape(value)
+    return layout.rank == len(sizes) and all(n == 1 or same(n, size) for n, size in zip(layout.index.shape, sizes, strict=True))
 
 
 def _whole(value: fx.Node, layout: Any) -> bool:

@@ -1,6 +1,6 @@
 """Write a Python function into a graph: it is traced on the fake values of its arguments and its nodes are copied in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from .tidy import value
 WRITTEN = "fxquant_written"
 
 
-def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: Any) -> Any:
+def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: Any, memo: Hashable = None) -> Any:
     """Insert ``fn(*args)`` into ``gm`` before the node ``before``; returns the node(s) that hold its result.
 
     ``args`` may hold nodes (their fake values are traced) and plain Python values (baked in). Inserted nodes carry ``val``.
+    ``memo``: if given, two calls with equal ``memo`` and arguments of the same types trace once; it must say all that ``fn`` holds.
 
     >>> y = splice(gm, node, lambda x, s: x / s, x_node, s_node)            # doctest: +SKIP
     """
@@ -28,7 +29,24 @@ def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: A
         given = iter(values)
         return fn(*pytree.tree_unflatten([next(given) if isinstance(a, fx.Node) else a for a in flat], spec))
 
-    traced = trace(on_nodes, [value(n) for n in nodes], fake_mode_of(gm))
+    def traced() -> fx.GraphModule:
+        return trace(on_nodes, [value(n) for n in nodes], fake_mode_of(gm))
+
+    if memo is None:
+        return _copy_in(gm, before, traced(), nodes)
+    traces = gm.meta.setdefault("fxquant_traces", {})
+    key = (memo, str(spec), *(_type_of(a) if isinstance(a, fx.Node) else a for a in flat))
+    if key not in traces:
+        traces[key] = traced()
+    return _copy_in(gm, before, traces[key], nodes)
+
+
+def _type_of(node: fx.Node) -> Hashable:
+    x = value(node)
+    return (str(x.shape), str(x.stride()), x.dtype, x.device) if isinstance(x, torch.Tensor) else repr(x)
+
+
+def _copy_in(gm: fx.GraphModule, before: fx.Node, traced: fx.GraphModule, nodes: list[fx.Node]) -> Any:
     placed: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
     with gm.graph.inserting_before(before):
         for node in traced.graph.nodes:
@@ -43,9 +61,9 @@ def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: A
     return fx.map_arg(result, lambda n: placed[n])
 
 
-def replace(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Any], *args: Any) -> fx.Node:
+def replace(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Any], *args: Any, memo: Hashable = None) -> fx.Node:
     """Replace ``node`` by ``fn(*args)``; returns the new node. What became unread is left for ``tidy``."""
-    new = splice(gm, node, fn, *args)
+    new = splice(gm, node, fn, *args, memo=memo)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     return new

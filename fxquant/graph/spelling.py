@@ -268,3 +268,16 @@ FAMILIES: dict[Any, Any] = {
     aten.where.ScalarSelf: "where",
     aten.where.self: "where",
 }
+
+# Which ops may read as a product, as a sum, as a call of a given key.
+PRODUCTS = tuple(op for op, rule in RULES.items() if op._schema.name.split("::")[1] in {"mul", "div", "pow", "square", "sqrt", "rsqrt", "reciprocal", "neg"})
+SUMS = tuple(op for op in RULES if op._schema.name.split("::")[1] in {"add", "sub", "rsub"})
+MEMBERS: dict[Any, tuple[Any, ...]] = {
+    "view": tuple(FAMILIES)[:3],
+    "where": (aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.self),
+    "masked_fill": (aten.masked_fill.Scalar,),
+    "permute": tuple(op for op, rule in RULES.items() if rule is _transpose),
+    "var": (aten.var.dim, aten.var.correction),
+    "softmax": (aten.softmax.int, aten._softmax.default),
+    "matmul": (aten.matmul.default, aten.mm.default, aten.bmm.default),
+}

@@ -15,7 +15,8 @@ value       code * scale                                     (code - zero_point)
 - ``1 / L`` and ``2 / L`` are constants and multiply; ``1 / scale`` is one correctly rounded division per block, and then it
   multiplies too: no element is ever divided. No product feeds an inexact sum, so fused multiply-add changes nothing.
 - The halves keep ``hi - lo`` from overflowing. Real zero is a code, exactly.
-- A scale is a normal number: it is floored at the smallest one, and an all-zero block has scale 1.
+- A scale is a finite normal number: floored at the smallest one, capped at the largest, and 1 for an all-zero block. The cap
+  binds for one asymmetric bit alone, whose step is the whole range; the error may then be a step rather than half of one.
 - Decoded values saturate at the largest finite number of their dtype (65504 * (1 + 1/510) is no float16).
 - A block that holds a NaN or an infinity has scale NaN, and decodes to NaN throughout: nothing is laundered, and with
   per-token granularity the damage stays in its row. Its codes mean nothing. Under a given (static) range an infinity
@@ -148,8 +149,9 @@ class IntAffine:
 
 
 def _normal(extent: Tensor, scale: Tensor) -> Tensor:
-    """``scale``, floored at the smallest normal number; 1 where ``extent`` is zero, NaN where it is not finite."""
-    scale = torch.where(extent == 0, 1, scale.clamp(min=torch.finfo(scale.dtype).tiny))
+    """``scale`` between the smallest normal and the largest number; 1 where ``extent`` is zero, NaN where it is not finite."""
+    limits = torch.finfo(scale.dtype)
+    scale = torch.where(extent == 0, 1, scale.clamp(limits.tiny, limits.max))
     return torch.where(extent.isfinite(), scale, torch.nan)
 
 

@@ -19,6 +19,7 @@ class Int8Linear:
     """Per-token or static per-tensor activations of up to 8 bits, per-channel weights of up to 8 bits."""
 
     name = "int8 GEMM (u8 x s8, oneDNN)"
+    epilogues = ()
 
     def supports(self, product: Product) -> Claim | Miss:
         x, w = product.activation, product.weight_spec

@@ -1,0 +1,74 @@
+"""Compile the C++ kernels of this folder at first use, and keep the result in the user's cache.
+
+At first use rather than at install: the wheel stays one pure-Python file for every platform, an sdist needs no compiler, and the
+compiler sees the machine it compiles for. It takes seconds, once per machine. Without a compiler the kernels that are
+written in PyTorch run instead, and ``explain`` says why. Safe for parallel processes: a library appears by an atomic rename.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("int8.cpp")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
+AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
+
+
+class CannotBuild(Exception):
+    """There is no library, for the reason in the message."""
+
+
+@lru_cache(1)
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises CannotBuild without a compiler, or if it fails."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise CannotBuild("there is no C++ compiler: install g++, or set CXX")
+    command = [*compiler.split(), *FLAGS, *AVX512_VNNI]
+    name = hashlib.sha256(SOURCE.read_bytes() + " ".join([*command, _version(compiler)]).encode()).hexdigest()[:24]
+    path = cache_folder() / f"int8-{name}.so"
+    if not path.exists():
+        _compile(command, path)
+    return ctypes.CDLL(str(path))
+
+
+@lru_cache(1)
+def why_not() -> str:
+    """Why there is no library, or an empty string if there is one."""
+    try:
+        library()
+    except (CannotBuild, OSError) as error:
+        return str(error)
+    return ""
+
+
+def cache_folder() -> Path:
+    """``$FXQUANT_CACHE``, or ``fxquant`` below the user's cache folder."""
+    if given := os.environ.get("FXQUANT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fxquant")
+
+
+def _compile(command: list[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder, "kernels.so")
+        # Compiled with OpenMP and linked without it: its symbols are those of the runtime that PyTorch has loaded.
+        steps = ([*command, "-c", str(SOURCE), "-o", f"{folder}/kernels.o"], [command[0], "-shared", f"{folder}/kernels.o", "-o", str(built)])
+        for step in steps:
+            done = subprocess.run(step, capture_output=True, text=True)
+            if done.returncode:
+                raise CannotBuild(f"the compiler failed: {done.stderr.strip().splitlines()[-1] if done.stderr else step[0]}")
+        built.rename(path)
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    except OSError as error:
+        raise CannotBuild(f"the compiler {compiler!r} cannot be run: {error}") from None

@@ -1,0 +1,144 @@
+"""The C++ kernels as PyTorch ops, each with its meaning in plain PyTorch beside it."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, pad, relu, silu
+
+from fxquant.numerics.affine import IntAffine
+from fxquant.numerics.granularity import PerToken
+
+from .build import library
+
+PANEL = 64  # outputs per panel of packed weights
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
+
+_library = torch.library.Library("fxquant", "FRAGMENT")
+_library.define("quantize_rows_u8(Tensor x, int bits, bool symmetric) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "linear_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor sums, Tensor? bias, "
+    "int out_features, str activation, ScalarType dtype) -> Tensor"
+)
+
+
+def pack_panels(codes: Tensor) -> Tensor:
+    """Weight codes int8 [N, K] as panels [ceil(N/64), ceil(K/4), 64, 4], zeros where there is nothing; pure PyTorch."""
+    n, k = codes.shape
+    codes = pad(codes, (0, -k % 4, 0, -n % PANEL))
+    return codes.view(-(n // -PANEL), PANEL, -(k // -4), 4).permute(0, 2, 1, 3).contiguous()
+
+
+def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
+    """The inverse of ``pack_panels``."""
+    return panels.permute(0, 2, 1, 3).reshape(panels.shape[0] * PANEL, -1)[:n, :k]
+
+
+def quantize_rows_reference(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., K] -> codes uint8 [..., K padded to 4], scale float32 [..., 1], zero point int32 [..., 1]; symmetric codes are shifted by 128."""
+    format = IntAffine(bits, symmetric=symmetric)
+    qparams = format.fit(x, PerToken())
+    codes = format.encode(x, qparams, PerToken())
+    if symmetric:
+        codes, zero_point = (codes.to(torch.int16) + 128).to(torch.uint8), torch.full_like(qparams.scale, 128, dtype=torch.int32)
+    else:
+        assert qparams.zero_point is not None
+        zero_point = qparams.zero_point
+    return pad(codes, (0, -x.shape[-1] % 4)), qparams.scale, zero_point
+
+
+def linear_reference(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``act((q_x q_w - z_x sum(q_w)) s_x s_w + b)``: codes [..., K4] -> [..., N] in ``dtype``. Exact up to the last line."""
+    w = unpack_panels(weight, out_features, codes.shape[-1])
+    exact = (codes.to(torch.float64) @ w.t().to(torch.float64)).to(torch.int64) - zero_point.to(torch.int64) * sums
+    y = exact.to(torch.float32) * scale * weight_scale
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return _activate(y, activation).to(dtype)
+
+
+def _activate(y: Tensor, activation: str) -> Tensor:
+    if activation == "none":
+        return y
+    return {"gelu": gelu, "gelu_tanh": lambda t: gelu(t, approximate="tanh"), "silu": silu, "relu": relu}[activation](y)
+
+
+def _address(tensor: Tensor | None) -> Any:
+    return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
+
+
+def _quantize_rows(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype not in _DTYPES:
+        return quantize_rows_reference(x, bits, symmetric)
+    x = x.contiguous()
+    inner = x.shape[-1]
+    stride = inner + -inner % 4
+    lead = x.shape[:-1]
+    codes = x.new_empty((*lead, stride), dtype=torch.uint8)
+    scale = x.new_empty((*lead, 1), dtype=torch.float32)
+    zero_point = x.new_empty((*lead, 1), dtype=torch.int32)
+    largest = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    library().quantize_rows(
+        _address(x), _DTYPES[x.dtype], ctypes.c_int64(scale.numel()), ctypes.c_int64(inner), _address(codes),
+        ctypes.c_int64(stride), _address(scale), _address(zero_point), largest, int(symmetric),
+    )  # fmt: skip
+    return codes, scale, zero_point
+
+
+def _linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    codes, scale, zero_point = codes.contiguous(), scale.contiguous(), zero_point.contiguous()
+    bias = bias.contiguous() if bias is not None else None
+    inner = codes.shape[-1]
+    rows = codes.numel() // inner
+    out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
+    library().linear(
+        _address(codes), ctypes.c_int64(inner), _address(scale), _address(zero_point), ctypes.c_int64(int(scale.numel() == rows)),
+        _address(weight), _address(weight_scale), _address(sums), _address(bias), _DTYPES[bias.dtype] if bias is not None else 0,
+        _address(out), _DTYPES[dtype], ACTIVATIONS.index(activation),
+        ctypes.c_int64(rows), ctypes.c_int64(out_features), ctypes.c_int64(inner // 4), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _fake_quantize_rows(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    lead, inner = x.shape[:-1], x.shape[-1]
+    codes = x.new_empty((*lead, inner + -inner % 4), dtype=torch.uint8)
+    return codes, x.new_empty((*lead, 1), dtype=torch.float32), x.new_empty((*lead, 1), dtype=torch.int32)
+
+
+def _fake_linear(codes: Tensor, *args: Any) -> Tensor:
+    out_features, _, dtype = args[-3:]
+    return codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
+
+
+_library.impl("quantize_rows_u8", _quantize_rows, "CPU")
+_library.impl("linear_u8s8", _linear, "CPU")
+torch.library.register_fake("fxquant::quantize_rows_u8", _fake_quantize_rows, lib=_library)
+torch.library.register_fake("fxquant::linear_u8s8", _fake_linear, lib=_library)
+
+quantize_rows = torch.ops.fxquant.quantize_rows_u8.default
+linear = torch.ops.fxquant.linear_u8s8.default

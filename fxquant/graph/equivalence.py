@@ -1,0 +1,234 @@
+"""Equivalence: a map on a channel axis is inserted with its inverse, and both are moved until weights have absorbed them.
+
+``LAWS`` (see ``fxquant.graph.laws``) says what each op does with a map, ``find`` (see ``fxquant.graph.region``) decides, and
+``apply`` writes. A transform then only chooses the map:
+
+    region = find(gm, norm, Scale)                                             # or a Refusal with its reason
+    s = weight_algebra(gm, lambda gain: gain.abs().sqrt(), gain_node)          # an expression of parameters, in the graph
+    apply(gm, region, Scale(s))
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .capture import Parameter, fake_mode_of
+from .fold import cone_of
+from .fuel import Fuel
+from .laws import LAWS, Effect, Law, Map, PositiveScale, Rotation, Scale, Shift, laws_of
+from .layout import Layout
+from .region import Explicit, Refusal, Region, Site, find, source_of
+from .rewrite import splice
+from .weights import depends_on_parameters_only, parameter_only
+
+__all__ = [
+    "LAWS", "Applied", "Effect", "Explicit", "Law", "Map", "Note", "PositiveScale", "Refusal", "Region", "Rotation", "Scale", "Shift",
+    "apply", "channels_of", "constant", "find", "laws_of", "site_name", "source_of", "weight_algebra",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a transform did at one place: ``outcome`` is "absorbed", "explicit" (an op was left over) or "refused"."""
+
+    transform: str
+    where: str
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A map that was moved: how many producers and readers absorbed it, and the explicit ops that it left."""
+
+    region: Region
+    explicit: tuple[fx.Node, ...]
+
+    def note(self, transform: str, where: str) -> Note:
+        """The sentence about it for the report."""
+        readers, names = self.region.readers, ", ".join(dict.fromkeys(site_name(site.node) for site in self.region.readers))
+        took = f"{len(readers)} reader{'s' * (len(readers) != 1)} took it: {names}"
+        if not self.explicit:
+            return Note(transform, where, "absorbed", took)
+        left = ", ".join(f"'{node.name}'" for node in self.explicit)
+        return Note(transform, where, "explicit", f"{took}; left over: {left}")
+
+
+def apply(
+    gm: fx.GraphModule, cut: fx.Node | Region, map: Map, *, explicit: Explicit = Explicit.READERS, fuel: Fuel | None = None
+) -> Applied | Refusal:
+    """Move ``map`` on the last axis of ``cut`` into the weights around it; the graph computes the same function.
+
+    ``cut`` is a value, or its region already found for this kind of map in this graph as it is. All is decided before anything
+    is written: a Refusal leaves the graph as it was. Weights stay symbolic: what is written is ``W * s``, not a number.
+    """
+    region = cut if isinstance(cut, Region) else find(gm, cut, type(map), explicit=explicit)
+    if isinstance(region, Refusal):
+        return region
+    if fuel is not None and not fuel.take(f"{type(map).__name__} on {region.cut.name}"):
+        return Refusal("no fuel left", region.cut)
+    leftovers = _write(gm, region, map)
+    gm.recompile()
+    return Applied(region, leftovers)
+
+
+def weight_algebra(gm: fx.GraphModule, fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)`` spliced in where the weights are computed, before everything that depends on an input; its node(s).
+
+    ``args`` are nodes that depend on parameters and constants only, and plain Python values.
+    """
+    return splice(gm, _end_of_weights(gm), fn, *args)
+
+
+def constant(gm: fx.GraphModule, tensor: Tensor, name: str = "constant") -> fx.Node:
+    """A tensor that the graph owns (a statistic, an index), as a buffer of ``gm`` and a node among the weights."""
+    number = 0
+    while hasattr(gm, attribute := f"_fxquant_{name}{number}"):
+        number += 1
+    gm.register_buffer(attribute, tensor, persistent=False)
+    with gm.graph.inserting_before(_end_of_weights(gm)):
+        node = gm.graph.get_attr(attribute)
+    node.meta["val"] = fake_mode_of(gm).from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def channels_of(gm: fx.GraphModule, site: Site, region: Region, numbers: fx.Node) -> fx.Node:
+    """The largest of the ``numbers`` [K] that belong to each channel of the region [C]; K positions of ``site``, none below zero.
+
+    Query heads that share a value head have one channel at several positions; a fused projection has positions without any.
+    """
+    if site.layout.is_plain(region.channels):
+        return numbers
+    index = _layout_constant(gm, site.layout, region, numbers.meta["val"].device)
+
+    def largest(x: Tensor, index: Tensor) -> Tensor:
+        return x.new_zeros(region.channels + 1).scatter_reduce(0, index, x, "amax")[: region.channels]
+
+    return weight_algebra(gm, largest, numbers, index)  # type: ignore[no-any-return]  # one tensor, one node
+
+
+def site_name(node: fx.Node) -> str:
+    """The path of the parameter behind the first weight that an op reads, whatever algebra was written on it; else the op's name.
+
+    >>> site_name(linear)                                                    # doctest: +SKIP
+    'encoder.layer.0.attention.self.query.weight'
+    """
+    for weight in filter(depends_on_parameters_only, node.all_input_nodes):
+        roots = [n for n in cone_of(weight) if Parameter.of(n) is not None]
+        if roots:
+            return max(sorted(roots), key=lambda n: n.meta["val"].numel()).meta["parameter"].path  # type: ignore[no-any-return]
+    return node.name
+
+
+def _end_of_weights(gm: fx.GraphModule) -> fx.Node:
+    """The first node that depends on an input; every node that does not is moved before it."""
+    weights = parameter_only(gm)
+    late = False
+    first: fx.Node | None = None
+    for node in list(gm.graph.nodes):
+        if node.op == "placeholder":
+            continue
+        if node not in weights:
+            first, late = first or node, True
+        elif late and first is not None:
+            first.prepend(node)
+    return first or gm.graph.output_node()
+
+
+def _write(gm: fx.GraphModule, region: Region, map: Map) -> tuple[fx.Node, ...]:
+    """The weight algebra of the whole region in one piece (tracing is what costs), then its explicit ops; the latter."""
+    kind = type(map)
+    sites = [*region.producers, *region.readers, *region.constants]
+    beyond = [site for site in region.explicit if not (region.at_source and site.value is region.cut)]
+    left = {site.value: site.layout for site in beyond}
+    old = [_weights(site) for site in sites]
+    indices = [_index(gm, layout, region, map) for layout in [*(site.layout for site in sites), *left.values()]]
+
+    def algebra(m: Tensor, weights: list[Any], indices: list[Any]) -> tuple[list[Any], list[Tensor], Tensor | None]:
+        new = [_new_weights(site, m, w, i, kind) for site, w, i in zip(sites, weights, indices, strict=False)]
+        spread = [_laid_out(m, layout, i, kind) for layout, i in zip(left.values(), indices[len(sites) :], strict=True)]
+        operands = [_cast(kind.operand(m), value.meta["val"].dtype) for m, value in zip(spread, left, strict=True)]
+        source = _cast(kind.operand(kind.inverse(m)), region.cut.meta["val"].dtype) if region.at_source else None
+        return new, operands, source
+
+    new, operands, source = weight_algebra(gm, algebra, map.value, old, indices)
+    for site, before, after in zip(sites, old, new, strict=True):
+        for slot, was, now in zip(site.law.weights if site.law else (site.argument,), before, after, strict=True):
+            if now is not was:
+                _set_argument(site.node, slot, was, now)
+    written = {value: _explicit(gm, value, kind, operand) for value, operand in zip(left, operands, strict=True)}
+    for site in beyond:
+        _set_argument(site.node, site.argument, site.value, written[site.value])
+    if region.at_source:
+        going_on = {site.node for site in region.readers} | set(region.carried)
+        readers = [reader for reader in region.cut.users if reader in going_on]
+        written[region.cut] = _explicit(gm, region.cut, kind, source)
+        for reader in readers:
+            reader.replace_input_with(region.cut, written[region.cut])
+    return tuple(written.values())
+
+
+def _explicit(gm: fx.GraphModule, value: fx.Node, kind: type[Map], operand: fx.Node) -> fx.Node:
+    """The op that is left over, right behind ``value``."""
+    with gm.graph.inserting_after(value):
+        node = gm.graph.call_function(kind.explicit, (value, operand))
+    with fake_mode_of(gm):
+        node.meta["val"] = kind.explicit(value.meta["val"], operand.meta["val"])
+    return node
+
+
+def _weights(site: Site) -> list[Any]:
+    if site.law is None:
+        return [site.value]
+    return [site.node.args[n] if n < len(site.node.args) else None for n in site.law.weights]
+
+
+def _new_weights(site: Site, m: Tensor, weights: list[Any], index: Any, kind: type[Map]) -> list[Any]:
+    """The law's rewrite on (fake) tensors. Computed in the wider of the dtypes, kept in that of the weight."""
+    dtype = site.node.meta["val"].dtype
+    m = _laid_out(m, site.layout, index, kind)
+    rewrite = site.law.rewrite if site.law else None
+    new = rewrite(*weights, m) if rewrite else (kind.apply(weights[0], m),)
+    return [_cast(now, dtype if was is None else was.dtype) for was, now in zip(weights, new, strict=True)]
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+def _laid_out(m: Tensor, layout: Layout, index: Any, kind: type[Map]) -> Tensor:
+    """The map's vector, one number per entry of the layout, without leading axes of size 1."""
+    if kind is Rotation:
+        return m
+    sizes = list(layout.index.shape)
+    while len(sizes) > 1 and sizes[0] == 1:
+        sizes.pop(0)
+    if index is not None:
+        m = torch.cat([m, m.new_full((1,), kind.neutral)])[index]
+    return m if list(m.shape) == sizes else m.reshape(sizes)
+
+
+def _index(gm: fx.GraphModule, layout: Layout, region: Region, map: Map) -> fx.Node | None:
+    """The layout as a constant of the graph, unless it is the channels in their order."""
+    if issubclass(type(map), Rotation) or layout.is_plain(region.channels):
+        return None
+    return _layout_constant(gm, layout, region, map.value.meta["val"].device)
+
+
+def _layout_constant(gm: fx.GraphModule, layout: Layout, region: Region, device: torch.device) -> fx.Node:
+    entries = torch.from_numpy(layout.index.reshape(-1) % (region.channels + 1))  # -1 is the entry after the last channel
+    return constant(gm, entries.to(device), "layout")
+
+
+def _set_argument(node: fx.Node, slot: int | str | None, was: Any, now: Any) -> None:
+    """Put ``now`` in an argument that may be absent, or be a list with ``was`` in it."""
+    if isinstance(slot, str):
+        node.update_kwarg(slot, fx.map_arg(node.kwargs[slot], lambda n: now if n is was else n))
+        return
+    assert slot is not None  # None stands for an op's output, which is not set
+    args = [*node.args, *[None] * (slot + 1 - len(node.args))]
+    args[slot] = now if args[slot] is None else fx.map_arg(args[slot], lambda n: now if n is was else n)
+    node.args = tuple(args)

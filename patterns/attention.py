@@ -1,0 +1,96 @@
+"""Attention, fused (``scaled_dot_product_attention``) or written out, read as ``softmax(s q k^T + mask) v``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxquant.graph.match import Match, Miss, one_of, pattern
+from fxquant.graph.tidy import value
+from fxquant.graph.weights import depends_on_parameters_only
+
+aten = torch.ops.aten
+
+
+def _axes(match: Match) -> Miss | None:
+    """Three activations with a batch."""
+    keys = match.keys if match.k is None else match.k
+    for node in (match.q, keys, match.v):
+        if value(node).dim() < 3:
+            return Miss("'{}' of the attention has {} axes, 3 or more are needed", node, 0, (node, value(node).dim()))
+    if depends_on_parameters_only(match.q) and depends_on_parameters_only(keys):
+        return Miss("'{}' and '{}' are parameters", match.q, 0, (match.q, keys))
+    return None
+
+
+_condition = torch.empty(5, 6, dtype=torch.bool)
+
+
+def _masked(scores: Tensor, mask: Tensor, condition: Tensor, floor: Tensor, low: float) -> Tensor:
+    """Scores with a mask added, filled in, both, or neither."""
+    biased = one_of(scores + mask, scores)
+    filled = one_of(torch.where(condition, biased, floor), torch.where(condition, biased, low))
+    return one_of(biased, biased.masked_fill(condition, low), filled, filled + mask)
+
+
+@pattern(_axes, shared=True, q=(8, 5, 8), k=(8, 6, 8), v=(8, 6, 8), keys=(8, 8, 6), mask=(5, 6), condition=_condition, floor=())
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, mask: Tensor, condition: Tensor, floor: Tensor, scale: float, low: float, alpha: float
+) -> Tensor:
+    """``softmax(q k^T * scale + mask) v`` (Vaswani et al. 2017), batches and heads on one axis or on two.
+
+    A scale on ``q`` or on ``k`` alone belongs to that operand; ``keys`` is ``k^T`` where no transposition of its own is seen.
+    Inner nodes may have other readers (``output_attentions``).
+    """
+    transposed = one_of(k.transpose(-1, -2), keys)
+    product = q @ transposed
+    scores = one_of(product * scale, product, torch.baddbmm(mask, q, transposed, beta=1, alpha=alpha))
+    flat = F.softmax(_masked(scores, mask, condition, floor, low), -1)
+    by_head = F.softmax(_masked(scores.view(2, 4, 5, 6), mask, condition, floor, low), -1).view(8, 5, 6)
+    return one_of(flat, by_head) @ v
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention that was found: ``softmax(scale * q k^T + mask) v`` at ``node``.
+
+    ``mask`` is None, or the node that is added or, boolean, decides what is filled in (the outermost where there are two).
+    ``scale`` is None where the op's default ``1 / sqrt(d)`` holds. ``causal``: the op itself makes a causal mask.
+    ``transposed``: ``k`` holds the keys as ``[..., d, keys]``. ``fused``: one op, not written out.
+    """
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    scale: float | None
+    causal: bool = False
+    transposed: bool = False
+    fused: bool = False
+
+
+def attention(node: fx.Node) -> Attention | Miss:
+    """The attention that ``node`` is the result of, fused or written out."""
+    if node.target is aten.scaled_dot_product_attention.default:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        q, k, v = given["query"], given["key"], given["value"]
+        return Attention(node, q, k, v, given.get("attn_mask"), given.get("scale"), bool(given.get("is_causal")), fused=True)
+    found = written_out.match(node)
+    if not isinstance(found, Match):
+        return found
+    k = found.keys if found.k is None else found.k
+    mask = found.condition if found.condition is not None else found.mask
+    scale = next((s for s in (found.scale, found.alpha) if s is not None), 1.0)
+    return Attention(node, found.q, k, found.v, mask, scale, transposed=found.k is None)
+
+
+def attentions(gm: fx.GraphModule) -> Iterator[Attention]:
+    """Every attention in ``gm``, in the order of the graph."""
+    for node in gm.graph.nodes:
+        if isinstance(found := attention(node), Attention):
+            yield found

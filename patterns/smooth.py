@@ -1,0 +1,118 @@
+"""Smoothing: channels with large activations and small weights are made alike, so that neither is hard to quantize.
+
+    s_j = max|X_j|^a / max_k|W_kj|^(1-a)        SmoothQuant (Xiao et al., 2023), eq. 4; W of all readers together
+
+``smooth`` is told ``max|X_j|`` by data. ``balance`` has no data: behind a norm ``reach * |g_j| + |b_j|`` stands in for it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph.equivalence import (
+    Explicit,
+    Note,
+    PositiveScale,
+    Refusal,
+    Region,
+    Site,
+    apply,
+    channels_of,
+    constant,
+    find,
+    site_name,
+    source_of,
+    weight_algebra,
+)
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.laws import LAYER_NORM, LINEAR, NORMS
+from fxquant.graph.weights import parameter_only
+
+from .migrate_gain import norms_with_gain
+
+FLOOR = 1e-5
+
+
+def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], alpha: float = 0.5) -> list[Note]:
+    """Smooth every linear input with a statistic; in place, one Note per site.
+
+    ``statistics``: per-channel ``max|X|`` [K] of a linear's input, by the path of the weight of the first linear that reads it.
+    They must be of this graph as it is: the same ones given twice smooth twice. Behind norms, and where the channels come from
+    a linear by ways that a scale may go (values, gates), the scale is absorbed; else one multiply is left at the linears' input.
+    """
+    notes, seen = [], set()
+    for linear in gm.graph.find_nodes(op="call_function", target=LINEAR[0]):
+        where = site_name(linear)
+        if where not in statistics or linear in seen:
+            continue
+        region = _region(gm, linear)
+        if isinstance(region, Refusal):
+            notes.append(Note("smooth", where, "refused", str(region)))
+            continue
+        seen |= {site.node for site in region.readers}
+        if not fuel.take(f"smooth {where}"):
+            break
+        own = next(site for site in region.readers if site.node is linear)
+        measured = channels_of(gm, own, region, constant(gm, statistics[where].to(linear.meta["val"].dtype), "statistic"))
+        notes.append(_apply(gm, region, [measured], lambda x: x, alpha, "smooth", where))
+    return notes
+
+
+def balance(gm: fx.GraphModule, fuel: Fuel, *, alpha: float = 0.5, reach: float = 3.0) -> list[Note]:
+    """Smooth behind every norm without data: a token is taken to reach ``reach`` standard deviations in every channel."""
+    notes = []
+    for norm in norms_with_gain(gm):
+        where = site_name(norm)
+        region = find(gm, norm, PositiveScale)
+        if "balanced" in norm.meta:
+            continue
+        if isinstance(region, Refusal) or norm.args[2] not in parameter_only(gm):
+            reason = str(region) if isinstance(region, Refusal) else f"the gain of '{norm.name}' depends on an input"
+            notes.append(Note("balance", where, "refused", reason))
+            continue
+        if not fuel.take(f"balance {where}"):
+            break
+        bias = norm.args[3:4] if norm.target in LAYER_NORM and norm.args[3:4] != (None,) else ()
+        notes.append(_apply(gm, region, [norm.args[2], *bias], lambda g, b=None: _reached(g, b, reach), alpha, "balance", where))
+        norm.meta["balanced"] = alpha
+    return notes
+
+
+def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """``s`` [C] from ``max|X|`` and ``max|W|`` [C]; 1 for a channel that is always zero, which needs no help."""
+    s = activation.clamp_min(FLOOR) ** alpha / weight.clamp_min(FLOOR) ** (1 - alpha)
+    return torch.where(activation > 0, s.clamp_min(FLOOR), torch.ones_like(s))
+
+
+def _reached(gain: Tensor, bias: Tensor | None, reach: float) -> Tensor:
+    return reach * gain.abs() if bias is None else reach * gain.abs() + bias.abs()
+
+
+def _region(gm: fx.GraphModule, linear: fx.Node) -> Region | Refusal:
+    """Where the scale on a linear's input may be absorbed; else an explicit multiply at that input."""
+    x: Any = linear.args[0]
+    cut = source_of(x)
+    absorbed = find(gm, cut, PositiveScale, explicit=Explicit.READERS if cut.target in NORMS else Explicit.NOWHERE)
+    if isinstance(absorbed, Region) and any(site.node is linear for site in absorbed.readers):
+        return absorbed
+    return find(gm, x, PositiveScale, explicit=Explicit.SOURCE)
+
+
+def _apply(gm: fx.GraphModule, region: Region, given: list[Any], reached: Any, alpha: float, name: str, where: str) -> Note:
+    weights = [channels_of(gm, site, region, _largest(gm, site)) for site in region.readers if site.law.whole_axis]
+
+    def scale(given: list[Tensor], weights: list[Tensor]) -> Tensor:
+        return smoothing_scale(reached(*given), torch.stack(weights).amax(0), alpha)
+
+    applied = apply(gm, region, PositiveScale(weight_algebra(gm, scale, given, weights)))
+    assert not isinstance(applied, Refusal)  # the region was found for this graph
+    return applied.note(name, where)
+
+
+def _largest(gm: fx.GraphModule, site: Site) -> fx.Node:
+    """``max|W|`` over the outputs, per input channel [K] of a linear's [N, K] or of experts' [E, K, N]."""
+    position = site.law.weights[0]
+    last = site.node.target in LINEAR
+    return weight_algebra(gm, lambda W: W.abs().amax([n for n in range(W.ndim) if n != W.ndim - (1 if last else 2)]), site.node.args[position])

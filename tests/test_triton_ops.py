@@ -1,0 +1,87 @@
+"""The ops as a CPU sees them: their plain meaning, their fake implementation, and an import where there is no Triton."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fxquant.backend.triton import int8_gemm, row, weight_only
+
+X = torch.linspace(-3, 5, 6 * 64).view(6, 64)
+CODES = torch.arange(-7, 8, dtype=torch.int8).repeat(64)[: 9 * 64].view(9, 64)
+SCALE = torch.linspace(0.01, 0.02, 9)
+
+
+def norm_quantize(x):
+    return torch.ops.fxquant.layer_norm_quantize(x, x, None, None, 1e-5, False, True, True)
+
+
+def rms(x):
+    return torch.ops.fxquant.rms_norm_quantize(x, None, torch.ones(64), 1e-5)
+
+
+def int8(x):
+    q, scale, zero_point = torch.ops.fxquant.quantize_rows(x, False)
+    return torch.ops.fxquant.int8_gemm(q, CODES, scale, zero_point, SCALE, CODES.sum(1, dtype=torch.int32), SCALE, "silu")
+
+
+def w4a16(x):
+    return torch.ops.fxquant.w4a16_gemm(x, weight_only.pack_weight(CODES, 4, 16), SCALE[None], None, None, 64, 16)
+
+
+def w8a16(x):
+    return torch.ops.fxquant.w8a16_gemm(x, weight_only.pack_weight(CODES, 8, 16), SCALE[None], None, None, 64, 16)
+
+
+@pytest.mark.parametrize("call", [norm_quantize, rms, int8, w4a16, w8a16])
+def test_a_compiled_op_on_the_cpu_is_its_plain_meaning(call):
+    eager = call(X)
+    traced = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)(X)
+    torch.testing.assert_close(traced, eager, rtol=0, atol=0)
+
+
+def test_int8_products_are_near_float_ones():
+    weight = CODES.float() * SCALE[:, None]
+    truth = torch.nn.functional.silu(X @ weight.T + SCALE)
+    error = (int8(X) - truth).norm() / truth.norm()
+    assert error < 0.01
+
+
+def test_weight_only_products_equal_those_of_the_decoded_weight():
+    truth = X @ (CODES.float() * SCALE[:, None]).T
+    torch.testing.assert_close(w4a16(X), truth)
+    torch.testing.assert_close(w8a16(X), truth)
+
+
+@pytest.mark.parametrize("op", [row.layer_norm_quantize, int8_gemm.int8_gemm, weight_only.w4a16_gemm])
+def test_the_fake_implementation_and_the_schema_hold(op):
+    q, scale, zero_point = row.quantize_rows(X)
+    arguments = {
+        row.layer_norm_quantize: (X, X, None, None, 1e-5, True, True, True),
+        int8_gemm.int8_gemm: (q, CODES, scale, None, SCALE),
+        weight_only.w4a16_gemm: (X, weight_only.pack_weight(CODES, 4, 16), SCALE[None], None, None, 64, 16),
+    }[op]
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_without_triton_the_cpu_works_and_a_cuda_tensor_is_told_so():
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from fxquant.backend.triton import int8_gemm, row, weight_only
+from fxquant.backend.triton.language import KernelError
+print(row.quantize_rows(torch.tensor([[-1.0, 0.5]]))[0].tolist())
+try:
+    with FakeTensorMode():
+        row.quantize_rows(torch.empty(2, 3, device="cuda"))
+except KernelError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "[[-127, 64]]" in run.stdout
+    assert "triton is not installed here" in run.stdout
+    assert not run.stderr

@@ -1,0 +1,56 @@
+"""Every kind of transformer compiles, is quantized or says why not, and keeps its output to 25 dB."""
+
+import math
+
+import pytest
+import torch
+from models import ZOO, Architecture, main_output
+
+import fxquant
+
+# One of each kind of trouble: post-norm, Conv1D, gated and grouped, relative positions and cross-attention, windows,
+# convolutions before attention, two towers, a learned position table.
+FAST = ("bert", "gpt2", "llama", "t5", "swin", "wav2vec2", "siglip", "opt")
+
+
+def rows() -> list[object]:
+    return [pytest.param(a, id=a.name, marks=() if a.name in FAST else pytest.mark.slow) for a in ZOO]
+
+
+def decibel(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    noise = (wanted.double() - got.double()).square().sum()
+    return float(10 * torch.log10(wanted.double().square().sum() / noise)) if noise else math.inf
+
+
+@pytest.mark.parametrize("architecture", rows())
+def test_it_is_quantized_or_says_why_and_stays_close(architecture: Architecture) -> None:
+    torch._dynamo.reset()
+    model, inputs = architecture.build(dressed=False)
+    with torch.no_grad():
+        wanted = main_output(model(**inputs))
+        model.compile(backend="outlierq")
+        got = main_output(model(**inputs))
+    report = fxquant.explain(model)
+
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype
+    assert decibel(wanted, got) >= 25
+    assert report.sites
+    assert [site.name for site in report.sites if site.status != "quantized" and not site.reason] == []
+    if architecture.name in FAST:
+        skipped = {site.name: site.reason for site in report.sites if site.counted and site.status != "quantized"}
+        assert report.coverage == 1.0, skipped
+
+
+def test_the_zoo_has_forty_architectures_of_every_kind() -> None:
+    kinds = {"encoder", "decoder", "encoder-decoder", "vision", "audio", "mixture", "multimodal", "state-space"}
+    assert {a.kind for a in ZOO} >= kinds
+    assert len({a.model for a in ZOO}) >= 40
+    assert len({a.name for a in ZOO}) == len(ZOO)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_same_seed_builds_the_same_model(name: str) -> None:
+    (architecture,) = (a for a in ZOO if a.name == name)
+    (one, inputs), (other, _) = architecture.build(), architecture.build()
+    with torch.no_grad():
+        assert torch.equal(main_output(one(**inputs)), main_output(other(**inputs)))
