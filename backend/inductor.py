@@ -1,7 +1,7 @@
 """What no kernel of ours claims goes to Inductor, as a graph whose weights are ordinary inputs of static shape."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -9,11 +9,13 @@ from torch import fx
 from fxquant.graph.tidy import value
 
 
-def compile_runtime(gm: fx.GraphModule, patches: dict[str, Any]) -> Callable[..., Sequence[Any]]:
+def compile_runtime(gm: fx.GraphModule, patches: dict[str, Any] | Literal[False]) -> Callable[..., Sequence[Any]]:
     """Compile the runtime graph for inference; takes its placeholders' values, returns the tuple of its outputs.
 
-    The placeholders' own fake values are handed over: their symbolic sizes are Dynamo's, so Inductor's guards are the same.
+    ``patches`` are Inductor's config; False runs the graph as it is, which tells a fault of ours from one of Inductor's. The placeholders' own fake values are handed over: their symbolic sizes are Dynamo's, so Inductor's guards are the same.
     """
+    if patches is False:
+        return gm
     from torch._inductor.compile_fx import compile_fx
 
     inputs = [value(node) for node in gm.graph.find_nodes(op="placeholder")]

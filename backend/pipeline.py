@@ -90,8 +90,8 @@ class _InferenceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise GradientError(
-            "a gradient was asked of a model compiled with an inference recipe, whose rounded weights have none; "
-            "train with fxquant.prepare_qat_(model, recipe), or run this model uncompiled"
+            "a gradient was asked of a model compiled with an inference recipe, whose rounded weights have none; call it under "
+            "torch.no_grad(), or train it uncompiled (quantization-aware training will be fxquant.prepare_qat_)"
         )
 
 

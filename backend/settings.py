@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,13 +20,13 @@ class Settings:
     """One reading of ``torch.compile``'s ``mode`` and ``options``.
 
     ``recipe``: what to quantize; ``fuel``: how many rewrites may happen (None: all); ``trace``: folder for every stage as
-    Python, or None; ``inductor``: config patches for Inductor.
+    Python, or None; ``inductor``: config patches for Inductor, or False to run the lowered graph op by op without it.
     """
 
     recipe: Recipe
     fuel: int | None = None
     trace: str | None = None
-    inductor: dict[str, Any] = field(default_factory=dict)
+    inductor: dict[str, Any] | Literal[False] = field(default_factory=dict)
 
     @staticmethod
     def read(mode: str | None, options: Mapping[str, Any] | None) -> "Settings":
@@ -40,8 +40,11 @@ class Settings:
         recipe = recipe.replace(**{k: given[k] for k in ("ignore", "ranges", "transforms") if k in given})
         fuel = _typed(given, "fuel", int, os.environ.get("FXQUANT_FUEL"))
         trace = _typed(given, "trace", str, os.environ.get("FXQUANT_TRACE"))
+        fuel = None if fuel is None else int(fuel)
+        if given.get("inductor") is False:
+            return Settings(recipe, fuel, trace, False)
         patches = dict(_typed(given, "inductor", dict, None) or {})
-        return Settings(recipe, None if fuel is None else int(fuel), trace, {**_mode_patches(mode), **patches})
+        return Settings(recipe, fuel, trace, {**_mode_patches(mode), **patches})
 
 
 def _recipe(given: Any) -> Recipe:

@@ -1,3 +1,31 @@
-"""Low-bit transformers inside PyTorch: ``model.compile(backend="outlierq")``."""
+"""Low-bit transformers inside PyTorch: ``model.compile(backend="outlierq")``, then ``fxquant.explain(model)``."""
+
+from .errors import CaptureError, FxquantError, GradientError, RecipeError
+from .graph.fold import refresh
+from .numerics.affine import IntAffine
+from .numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from .numerics.ranges import Dynamic, Given, MinMSE
+from .recipe import Recipe, Spec
+from .report import Report, explain
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "Dynamic",
+    "FxquantError",
+    "Given",
+    "GradientError",
+    "IntAffine",
+    "MinMSE",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "Spec",
+    "explain",
+    "refresh",
+]

@@ -26,9 +26,6 @@ def _axes(match: Match) -> Miss | None:
     return None
 
 
-_condition = torch.empty(5, 6, dtype=torch.bool)
-
-
 def _masked(scores: Tensor, mask: Tensor, condition: Tensor, floor: Tensor, low: float) -> Tensor:
     """Scores with a mask added, filled in, both, or neither."""
     biased = one_of(scores + mask, scores)
@@ -36,9 +33,30 @@ def _masked(scores: Tensor, mask: Tensor, condition: Tensor, floor: Tensor, low:
     return one_of(biased, biased.masked_fill(condition, low), filled, filled + mask)
 
 
-@pattern(_axes, shared=True, q=(8, 5, 8), k=(8, 6, 8), v=(8, 6, 8), keys=(8, 8, 6), mask=(5, 6), condition=_condition, floor=())
+@pattern(
+    _axes,
+    shared=True,
+    q=(8, 5, 8),
+    k=(8, 6, 8),
+    v=(8, 6, 8),
+    keys=(8, 8, 6),
+    bias=(8, 5, 6),
+    mask=(5, 6),
+    condition=torch.empty(5, 6, dtype=torch.bool),
+    floor=(),
+)
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, mask: Tensor, condition: Tensor, floor: Tensor, scale: float, low: float, alpha: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    mask: Tensor,
+    condition: Tensor,
+    floor: Tensor,
+    scale: float,
+    low: float,
+    alpha: float,
 ) -> Tensor:
     """``softmax(q k^T * scale + mask) v`` (Vaswani et al. 2017), batches and heads on one axis or on two.
 
@@ -47,9 +65,9 @@ def written_out(
     """
     transposed = one_of(k.transpose(-1, -2), keys)
     product = q @ transposed
-    scores = one_of(product * scale, product, torch.baddbmm(mask, q, transposed, beta=1, alpha=alpha))
+    scores = one_of(product * scale, product, torch.baddbmm(bias, q, transposed, beta=1, alpha=alpha))
     flat = F.softmax(_masked(scores, mask, condition, floor, low), -1)
-    by_head = F.softmax(_masked(scores.view(2, 4, 5, 6), mask, condition, floor, low), -1).view(8, 5, 6)
+    by_head = F.softmax(_masked(one_of(scores, scores + bias).view(2, 4, 5, 6), mask, condition, floor, low), -1).view(8, 5, 6)
     return one_of(flat, by_head) @ v
 
 
@@ -57,6 +75,7 @@ def written_out(
 class Attention:
     """An attention that was found: ``softmax(scale * q k^T + mask) v`` at ``node``.
 
+    ``bias`` is what was added before batch and heads were parted (relative positions), if that was so.
     ``mask`` is None, or the node that is added or, boolean, decides what is filled in (the outermost where there are two).
     ``scale`` is None where the op's default ``1 / sqrt(d)`` holds. ``causal``: the op itself makes a causal mask.
     ``transposed``: ``k`` holds the keys as ``[..., d, keys]``. ``fused``: one op, not written out.
@@ -68,6 +87,7 @@ class Attention:
     v: fx.Node
     mask: fx.Node | None
     scale: float | None
+    bias: fx.Node | None = None
     causal: bool = False
     transposed: bool = False
     fused: bool = False
@@ -79,14 +99,15 @@ def attention(node: fx.Node) -> Attention | Miss:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         q, k, v = given["query"], given["key"], given["value"]
-        return Attention(node, q, k, v, given.get("attn_mask"), given.get("scale"), bool(given.get("is_causal")), fused=True)
+        mask, scale = given.get("attn_mask"), given.get("scale")
+        return Attention(node, q, k, v, mask, scale, causal=bool(given.get("is_causal")), fused=True)
     found = written_out.match(node)
     if not isinstance(found, Match):
         return found
     k = found.keys if found.k is None else found.k
     mask = found.condition if found.condition is not None else found.mask
     scale = next((s for s in (found.scale, found.alpha) if s is not None), 1.0)
-    return Attention(node, found.q, k, found.v, mask, scale, transposed=found.k is None)
+    return Attention(node, found.q, k, found.v, mask, scale, found.bias, transposed=found.k is None)
 
 
 def attentions(gm: fx.GraphModule) -> Iterator[Attention]:

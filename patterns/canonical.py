@@ -1,4 +1,4 @@
-"""One spelling per idiom: linear, layer_norm, rms_norm, gelu, silu; an ordered table of rewrites, applied until none applies."""
+"""One spelling per idiom (linear, layer_norm, rms_norm, gelu, silu): an ordered table of rewrites, applied to a fixpoint."""
 
 import functools
 import inspect
@@ -49,8 +49,9 @@ class Rewrite:
             return match
         if not fuel.take(self.name):
             return Miss("the fuel is spent", node)
-        given = {name: value(node).dtype if name == "dtype" else match[name] for name in inspect.signature(self.meaning).parameters}
-        return substitute(gm, node, lambda *args: self.meaning(*args), *given.values())
+        names = inspect.signature(self.meaning).parameters
+        given = [value(node).dtype if name == "dtype" else match[name] for name in names]
+        return substitute(gm, node, self.meaning, *given, memo=self.name)
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,18 @@ class Rule:
         return self.apply(gm, node, fuel)
 
 
-def substitute(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Tensor], *args: Any) -> fx.Node:
-    """Put ``fn(*args)`` in the place of ``node``, in the dtype of ``node``; what nobody reads any more is erased."""
+def substitute(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Tensor], *args: Any, memo: str | None = None) -> fx.Node:
+    """Put ``fn(*args)`` in the place of ``node``, in the dtype of ``node``; what nobody reads any more is erased.
+
+    ``memo`` names ``fn`` where it holds nothing of its own, so that equal substitutions are traced once.
+    """
     dtype = value(node).dtype
 
     def in_the_same_dtype(*given: Any) -> Tensor:
         result = fn(*given)
         return result if result.dtype == dtype else result.to(dtype)
 
-    new: fx.Node = splice(gm, node, in_the_same_dtype, *args)
+    new: fx.Node = splice(gm, node, in_the_same_dtype, *args, memo=None if memo is None else (memo, dtype))
     node.replace_all_uses_with(new)
     erase(gm, node)
     return new
@@ -187,7 +191,7 @@ def einsum_to_linear(gm: fx.GraphModule, node: fx.Node, fuel: Fuel) -> fx.Node |
         outputs = weight.shape[: len(found.outputs)]
         x = x.flatten(-len(found.inputs)) if len(found.inputs) > 1 else x
         y = F.linear(x, weight if weight.dim() == 2 else weight.reshape(outputs.numel(), -1))
-        y = y.unflatten(-1, outputs) if len(outputs) > 1 else y
+        y = y.view(*y.shape[:-1], *outputs) if len(outputs) > 1 else y
         return _permute(y, found.rest + found.outputs, found.result)
 
     return substitute(gm, node, meaning, found.x, found.weight)
@@ -254,7 +258,7 @@ CANONICAL: tuple[Rewrite | Rule, ...] = (
 
 
 def canonicalize(gm: fx.GraphModule, fuel: Fuel | None = None) -> fx.GraphModule:
-    """Rewrite ``gm`` in place until no rewrite of CANONICAL applies, or the fuel is spent; the same function, spelled in one way.
+    """Rewrite ``gm`` in place until no rewrite of CANONICAL applies, or the fuel is spent: the same function in one spelling.
 
     ``y = addmm(b, x.view(-1, 8), W).view(2, 3, 4)`` becomes ``linear(x, W.t(), b)``. Ends with ``tidy``.
     """

@@ -35,7 +35,8 @@ def embedding(node: fx.Node) -> Embedding | Miss:
     if not isinstance(table, fx.Node) or not isinstance(indices, fx.Node):
         return Miss("'{}' looks up nothing", node, 0, (node,))
     if value(table).dim() != 2 or not value(table).dtype.is_floating_point:
-        return Miss("the table '{}' has the shape {}, a matrix of floats is needed", table, 1, (table, list(value(table).shape)))
+        details = (table, list(value(table).shape), value(table).dtype)
+        return Miss("the table '{}' is {} of {}, a matrix of floats is needed", table, 1, details)
     if not depends_on_parameters_only(table):
         return Miss("the table '{}' depends on more than parameters", table, 1, (table,))
     heads = [u for u in table.users if u.target is aten.linear.default and u.args[1] is table]

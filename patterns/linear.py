@@ -35,6 +35,14 @@ def is_fixed(sizes: Any) -> bool:
     return all(isinstance(s, int) for s in sizes)
 
 
+def _cast(match: Match) -> Miss | None:
+    """Nothing is cast between the operands and the result: a product's own type is part of its meaning."""
+    cast = next(filter(is_float_cast, match.covered), None)
+    if cast is None:
+        return None
+    return Miss("'{}' is cast at '{}', between the operands and the result", match.root, 0, (match.root, cast))
+
+
 def _matrix(match: Match) -> Miss | None:
     """``weight`` is a matrix that depends on parameters only, and ``x`` is not such."""
     weight = match.weight
@@ -43,8 +51,8 @@ def _matrix(match: Match) -> Miss | None:
         return Miss("the weight '{}' has the shape {}, a fixed matrix is needed", weight, 0, (weight, list(shape)))
     if not depends_on_parameters_only(weight):
         return Miss("'{}' depends on more than parameters", weight, 0, (weight,))
-    if (cast := next(filter(is_float_cast, match.covered), None)) is not None:
-        return Miss("'{}' is cast at '{}', between the operands and the result", match.root, 0, (match.root, cast))
+    if (cast := _cast(match)) is not None:
+        return cast
     if not value(match.x).dtype.is_floating_point:
         return Miss("'{}' is {}, a floating type is needed", match.x, 0, (match.x, value(match.x).dtype))
     if match.bindings.get("bias") is not None:
@@ -56,7 +64,8 @@ def _addend(match: Match) -> Miss | None:
     """``bias`` is a parameter vector over the outputs, perhaps with leading ones."""
     bias, outputs = match.bias, value(match.root).shape[-1]
     shape = tuple(value(bias).shape)
-    if not isinstance(outputs, int) or shape[-1:] != (outputs,) or any(s != 1 for s in shape[:-1]) or len(shape) > value(match.root).dim():
+    leading_ones = all(s == 1 for s in shape[:-1]) and len(shape) <= value(match.root).dim()
+    if not isinstance(outputs, int) or shape[-1:] != (outputs,) or not leading_ones:
         return Miss("the bias '{}' has the shape {}, [{}] is needed", bias, 0, (bias, list(shape), outputs))
     if not depends_on_parameters_only(bias):
         return Miss("the bias '{}' depends on more than parameters", bias, 0, (bias,))
@@ -65,7 +74,8 @@ def _addend(match: Match) -> Miss | None:
 
 def _addmm(match: Match) -> Miss | None:
     if (match.alpha, match.beta) != (1, 1):
-        return Miss("'{}' has beta = {} and alpha = {}, 1 and 1 are needed", match.root, 0, (match.root, match.beta, match.alpha))
+        details = (match.root, match.beta, match.alpha)
+        return Miss("'{}' has beta = {} and alpha = {}, 1 and 1 are needed", match.root, 0, details)
     return _matrix(match)
 
 
@@ -97,14 +107,15 @@ def product_from_the_left(x: Tensor, weight: Tensor) -> Tensor:
 
 def _flat(match: Match) -> Miss | None:
     """Both views change the leading axes only, and together they change nothing."""
-    if (cast := next(filter(is_float_cast, match.covered), None)) is not None:
-        return Miss("'{}' is cast at '{}', between the operands and the result", match.root, 0, (match.root, cast))
+    if (cast := _cast(match)) is not None:
+        return cast
     x, flat, result = value(match.x), value(match.root.args[0]), value(match.root)
     inputs = x.shape[-1:]
     if value(match.weight).dim() != 2 or not same_sizes(inputs, value(match.weight).shape[1:]):
         return Miss("the view before the linear at '{}' changes the last axis of '{}'", match.root, 0, (match.root, match.x))
     if not same_sizes(result.shape, [*x.shape[:-1], *flat.shape[-1:]]):
-        return Miss("the view '{}' gives {}, not the leading axes of '{}'", match.root, 0, (match.root, list(result.shape), match.x))
+        details = (match.root, list(result.shape), match.x)
+        return Miss("the view '{}' gives {}, not the leading axes of '{}'", match.root, 0, details)
     return None
 
 
@@ -131,8 +142,8 @@ def linear_then_bias(x: Tensor, weight: Tensor, first: Tensor, bias: Tensor) -> 
 
 def _batched(match: Match) -> Miss | None:
     shape = value(match.weight).shape
-    if (cast := next(filter(is_float_cast, match.covered), None)) is not None:
-        return Miss("'{}' is cast at '{}', between the operands and the result", match.root, 0, (match.root, cast))
+    if (cast := _cast(match)) is not None:
+        return cast
     if value(match.x).dim() != 3:
         return Miss("'{}' has {} axes, 3 are needed", match.x, 0, (match.x, value(match.x).dim()))
     if len(shape) != 3 or shape[0] != 1 or not is_fixed(shape):
@@ -149,7 +160,7 @@ def product_with_one_matrix(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Einsum(NamedTuple):
-    """An einsum of an activation and a parameter, with the axes sorted: ``rest`` and ``inputs`` of x, ``outputs`` of the weight."""
+    """An einsum of an activation and a parameter, its axes sorted: ``rest`` and ``inputs`` of x, ``outputs`` of the weight."""
 
     x: fx.Node
     weight: fx.Node
@@ -181,7 +192,7 @@ def einsum(node: fx.Node) -> Einsum | Miss:
         return Miss("the einsum '{}' broadcasts", node, 2, (equation,))
     plain = all(len(set(axes)) == len(axes) for axes in (x_axes, weight_axes, result)) and set(rest + outputs) == set(result)
     if not plain or not inputs or not outputs or not rest or not is_fixed(value(weight).shape):
-        return Miss("the einsum '{}' is no product with a matrix: it keeps a shared axis or sums a lone one", node, 2, (equation,))
+        return Miss("the einsum '{}' is no matrix product: it keeps a shared axis or sums a lone one", node, 2, (equation,))
     return Einsum(x, weight, x_axes, weight_axes, rest, inputs, outputs, result)
 
 
@@ -275,14 +286,14 @@ def _weight(operand: fx.Node, weights: set[fx.Node]) -> fx.Node | None:
 
 
 class Split(NamedTuple):
-    """Several linears that read one value (split q, k, v; gate and up): the value and the linears, in the order of the graph."""
+    """Several linears that read one value (split q, k, v; gate and up), in the order of the graph."""
 
     x: fx.Node
     linears: tuple[fx.Node, ...]
 
 
 class Fused(NamedTuple):
-    """One linear whose output is cut into parts along the last axis: the linear, and the parts."""
+    """One linear whose output is cut into parts: the linear, and the parts."""
 
     linear: fx.Node
     parts: tuple[fx.Node, ...]
@@ -301,16 +312,23 @@ _AXES = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.permu
 
 
 def fused_linears(gm: fx.GraphModule) -> Iterator[Fused]:
-    """Every linear whose output is split, chunked, unbound or sliced (perhaps after a view or a permutation) into parts."""
+    """Every linear whose output is split, chunked, unbound or sliced: at once into any number of parts.
+
+    Or, after a view or a permutation, into three. Two parts of a head are a rotary embedding's halves, not two linears.
+    """
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         here = node
         while len(here.users) == 1 and (user := next(iter(here.users))).target in _AXES:
             here = user
         users = tuple(here.users)
         if len(users) == 1 and users[0].target in _CUTS:
-            yield Fused(node, tuple(sorted(users[0].users)))
-        elif len(users) > 1 and all(u.target in (aten.slice.Tensor, aten.select.int) for u in users):
-            yield Fused(node, tuple(sorted(users)))
+            parts = tuple(sorted(users[0].users))
+        elif all(u.target in (aten.slice.Tensor, aten.select.int) for u in users):
+            parts = tuple(sorted(users))
+        else:
+            continue
+        if len(parts) == 3 or (here is node and len(parts) > 1):
+            yield Fused(node, parts)
 
 
 TRANSPOSES = (aten.t.default, aten.mT.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)

@@ -56,10 +56,23 @@ def _activations(x: Tensor) -> Tensor:
 
 
 @pattern(
-    _weights, x=(2, 3, 8), gate_weight=(6, 8), gate_bias=(6,), up_weight=(6, 8), up_bias=(6,), down_weight=(8, 6), down_bias=(8,)
+    _weights,
+    x=(2, 3, 8),
+    gate_weight=(6, 8),
+    gate_bias=(6,),
+    up_weight=(6, 8),
+    up_bias=(6,),
+    down_weight=(8, 6),
+    down_bias=(8,),
 )
 def gated_mlp(
-    x: Tensor, gate_weight: Tensor, gate_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, down_bias: Tensor
+    x: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` (Shazeer 2020); ``match.taken`` names the activation. For canonical graphs."""
     inner = _activations(F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)

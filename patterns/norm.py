@@ -1,6 +1,7 @@
 """Layer norm and RMS norm, as the formulas of their papers; the matcher reads every spelling of them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.graph.match import Match, Miss, one_of, pattern
@@ -54,17 +55,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 @pattern(_gains, x=(2, 3, 8), weight=(8,))
 def rms_norm_then_gain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """A gain applied after an RMS norm that has none."""
-    return weight * torch.ops.aten.rms_norm.default(x, [8], None, eps)
+    return weight * torch.rms_norm(x, [8], None, eps)
 
 
 @pattern(_gains, x=(2, 3, 8), weight=(8,), bias=(8,))
 def layer_norm_then_gain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """A gain and a bias applied after a layer norm that has none."""
-    y = torch.ops.aten.layer_norm.default(x, [8], None, None, eps)
+    y = F.layer_norm(x, [8], None, None, eps)
     return one_of(weight * y + bias, weight * y, y + bias)
 
 
 @pattern(_gains, x=(2, 3, 8), weight=(8,), bias=(8,))
 def native_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The first result of the native op."""
-    return torch.ops.aten.native_layer_norm.default(x, [8], weight, bias, eps)[0]
+    return torch.native_layer_norm(x, [8], weight, bias, eps)[0]

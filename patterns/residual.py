@@ -26,7 +26,7 @@ class Residual(NamedTuple):
 # A branch does real work: one of these lies on the way from the stream to it.
 _WORK = {
     getattr(aten, name).default
-    for name in ("linear", "layer_norm", "rms_norm", "matmul", "mm", "bmm", "addmm", "conv1d", "conv2d", "scaled_dot_product_attention")
+    for name in ("linear", "layer_norm", "rms_norm", "matmul", "mm", "bmm", "addmm", "conv1d", "conv2d")
 }
 
 

@@ -35,7 +35,7 @@ def test_a_kernel_compiles_to_what_its_tile_was_chosen_for(case, on):
     assert seen.shared <= on.shared
     families = {opcode.split(".")[0] for opcode in seen.loop}
     if "quantize" in case.name or "the same" in case.name:
-        assert seen.count("LDG") and any(op.startswith("LDG.E.128") for op in seen.opcodes)
+        assert any(op.startswith("LDG.E.128") for op in seen.opcodes)
         assert not any(op.startswith(("LDG.E.U8", "LDG.E.U16", "STG.E.U8", "STG.E.U16")) for op in seen.opcodes)
     else:
         eight = case.name.startswith("int8")
@@ -58,11 +58,7 @@ def test_the_assembly_that_widens_codes_gives_each_code_and_its_offset(words, sl
     dtype, torch_dtype, magic = floats
     bits = 16 // slices
     for j in range(slices):
-        text = weight_only._widening.fn(j, slices, signed, dtype) if hasattr(weight_only._widening, "fn") else (
-            weight_only._widening(j, slices, signed, dtype)
-        )  # fmt: skip
-        packed = torch.tensor([words[0] | words[1] << 16]).to(torch.int64)
-        ours = run_ptx(text, int(packed), torch_dtype)
+        ours = run_ptx(weight_only._widening(j, slices, signed, dtype), words[0] | words[1] << 16, torch_dtype)
         for word, value in zip(words, ours, strict=True):
             code = word >> bits * j & (1 << bits) - 1
             if signed and code >> bits - 1:
@@ -164,7 +160,7 @@ def test_inductor_is_shown_the_kernels_and_what_they_write(monkeypatch):
         aot_module_simplified(gm, inputs, fw_compiler=compiler, inference_compiler=compiler)
     wrapped = [n for n in graphs[0].graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
     assert [n.kwargs["tensors_to_clone"] for n in wrapped] == [
-        ["q", "scale", "zero_point", "total"], ["parts"], ["out"], ["out"],  # K is split for 8 rows of 96 outputs, 512 is one part
+        ["q", "scale", "zero_point", "total"], ["parts"], ["out"], ["out"],  # the int8 product of so few outputs splits K
     ]  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """What a matrix product still does in registers before it stores: bias, activation, residual, cast."""
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# Kernels are written in Triton's language, which has no types to annotate with.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -100,7 +102,7 @@ def add_parts(
     residual: torch.Tensor | None,
     activation: str,
 ) -> None:
-    """Launch ``add_parts_kernel``: parts int32 or float32 [PARTS, M, N]; scales = scale_x, zero_x, scale_w, row_sum_w or Nones."""
+    """Launch ``add_parts_kernel``: parts int32 or float32 [PARTS, M, N]; scales: scale_x, zero_x, scale_w, row_sum_w."""
     M, N = out.shape
     BM, BN = 4, 256
     wrap_triton(add_parts_kernel)[(ceil_div(M, BM), ceil_div(N, BN))](

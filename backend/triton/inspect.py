@@ -3,6 +3,8 @@
 ``python -m fxquant.backend.triton.inspect`` prints the table of docs/gpu.md.
 """
 
+# mypy: disable-error-code="import-untyped, import-not-found"
+# Triton has no stubs, and need not be installed.
 from __future__ import annotations
 
 import re

@@ -6,6 +6,8 @@ The integer part is exact; the rest is float32, rounded once. Weights lie as [N,
 its asynchronous copies and doubles the inner loop.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# Kernels are written in Triton's language, which has no types to annotate with.
 from __future__ import annotations
 
 import torch
@@ -63,10 +65,7 @@ def int8_gemm_kernel(
     part = tl.program_id(1)
     first = part * share
 
-    if WEIGHT_LEFT:
-        acc = tl.zeros((BN, BM), dtype=tl.int32)
-    else:
-        acc = tl.zeros((BM, BN), dtype=tl.int32)
+    acc = tl.zeros((BN, BM) if WEIGHT_LEFT else (BM, BN), dtype=tl.int32)
     x_rows += first * BK
     w_rows += first * BK
     for step in range(first, tl.minimum(first + share, steps)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ class _Absent:
         )
 
 
+triton: Any
+tl: Any
+wrap_triton: Any
 try:
-    import triton
-    import triton.language as tl
-    from torch.library import wrap_triton
-
+    triton, tl, wrap_triton = import_module("triton"), import_module("triton.language"), torch.library.wrap_triton
     INSTALLED = True
     INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: no inline assembly, no bfloat16 arithmetic
 except ImportError:

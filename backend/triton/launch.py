@@ -105,8 +105,8 @@ def parts(N: int, steps: int, tile: Tile, on: Device) -> int:
         return 1
     programs = ceil_div(N, tile.bn)
     wanted = power_of_two(ceil_div(2 * on.processors, programs))
-    most = power_of_two(max(steps // 2, 1) + 1) // 2  # the greatest power of two that is not above steps / 2
-    return max(1, min(wanted, most, MAX_PARTS))
+    most = 1 << max(steps // 2, 1).bit_length() - 1  # the greatest power of two that is not above steps / 2
+    return min(wanted, most, MAX_PARTS)
 
 
 def _pick(table: tuple[tuple[int | None, Tile], ...], M: int) -> Tile:

@@ -5,6 +5,8 @@ codes and zero points are stored less 128, so that both fit int8 and the tensor 
 ``x ~ scale * (q - zero_point)`` in either case.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# Kernels are written in Triton's language, which has no types to annotate with.
 from __future__ import annotations
 
 import torch
@@ -185,8 +187,9 @@ def _layer_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantize LayerNorm(x + residual) per token: q, scale, zero_point, x + residual, LayerNorm.
 
-    x, residual: float32, float16 or bfloat16 [T, D]; weight, bias: [D]. The last two results have the dtype of x and are empty,
-    of shape [0], unless ``keep_sum`` (a pre-norm block reads the sum again) or ``keep_norm`` (a post-norm block reads the norm).
+    x, residual: float32, float16 or bfloat16 [T, D]; weight, bias: [D]. The last two results have the dtype of x, and are
+    empty, of shape [0], unless ``keep_sum`` (a pre-norm block reads the sum again) or ``keep_norm`` (a post-norm block reads
+    the norm again).
     """
     return _norm(x, residual, weight, bias, eps, True, symmetric, keep_sum, keep_norm)
 

@@ -1,12 +1,14 @@
 """Four- and eight-bit weights times 16-bit activations: codes become 16-bit floats in registers, on the left of the product.
 
-Four-bit codes lie in int16 words, four *slices* of K side by side (``numerics.packing.pack_slices``), so that one shift and one
-three-input logic operation turn two codes into two floats. They arrive as ``offset + code`` (the offset is a bit pattern, not an
-addition), and the offset leaves together with the zero point, once per group, through the sums of the activations:
+Codes lie in int16 words, four (or two) *slices* of K side by side (``numerics.packing.pack_slices``), so that one shift and one
+three-input logic operation turn two codes into two floats. They arrive as ``offset + code`` (the offset is a bit pattern, not
+an addition), and the offset leaves together with the zero point, once per group, through the sums of the activations:
 
     y[m, n]  =  sum_g scale[g, n] (sum_k x[m, k] (offset + code[n, k])  -  (offset + zero_point[g, n]) sum_k x[m, k])
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# Kernels are written in Triton's language, which has no types to annotate with.
 from __future__ import annotations
 
 import torch
@@ -57,8 +59,9 @@ def reference(
 def _widening(slice, slices, signed, dtype):
     """PTX that turns slice ``slice`` of two int16 words into two floats; lop3 0x6a is ``a & b ^ c``.
 
-    Four bits: offset + code, the code biased by 8 if signed. Eight bits in bfloat16, whose mantissa holds seven: 128 + low bits,
-    less 128 or 256; in float16: 1024 + (code ^ 128), less 1152. Both are exact: the signed code, or the unsigned one less 128.
+    Four bits: offset + code, the code biased by 8 if signed. Eight bits in bfloat16, whose mantissa holds seven: 128 + low
+    bits, less 128 or 256; in float16: 1024 + (code ^ 128), less 1152. Both are exact: the signed code, or the unsigned one
+    less 128.
     """
     bf16 = dtype == tl.bfloat16
     shift = f"shr.b32 t, $1, {16 // slices * slice};" if slice else "mov.b32 t, $1;"
@@ -80,11 +83,9 @@ def widen(word, like, SLICE: tl.constexpr, SLICES: tl.constexpr, SIGNED: tl.cons
     """One slice as floats of the dtype of ``like``, with the offsets that ``_widening`` tells."""
     if INTERPRET:
         code = (word.to(tl.int32) >> (16 // SLICES * SLICE)) & (15 if SLICES == 4 else 255)
-        if SLICES == 4:
-            code = (code ^ (8 if SIGNED else 0)) + 1024
-        else:
-            code = (code ^ (128 if SIGNED else 0)) - 128
-        return code.to(like.dtype)
+        bias: tl.constexpr = 1024 if SLICES == 4 else -128
+        flip: tl.constexpr = (8 if SLICES == 4 else 128) if SIGNED else 0
+        return ((code ^ flip) + bias).to(like.dtype)
     else:
         asm: tl.constexpr = _widening(SLICE, SLICES, SIGNED, like.dtype)
         return tl.inline_asm_elementwise(asm, "=r,r", [word], dtype=like.dtype, is_pure=True, pack=2)
@@ -116,7 +117,7 @@ def weight_only_kernel(
         product = tl.zeros((BN, BM), dtype=tl.float32)
         for j in tl.static_range(SLICES):
             base = (block * SLICES + j) * WIDTH
-            if EVEN_K:
+            if EVEN_K:  # noqa: SIM108  (decided while compiling)
                 x_tile = tl.load(x_rows + base)
             else:
                 x_tile = tl.load(x_rows + base, mask=k[None, :] < K - base, other=0.0)
@@ -165,10 +166,8 @@ def launch_weight_only(
     group = blocks * block if group_size >= K else group_size
     chunk = min(group, block)
     chunks = blocks * block // chunk
-    if bits == 4:
-        offset = OFFSET[x.dtype] + (8 if zero_point is None else 0)
-    else:
-        offset = 0 if zero_point is None else -128
+    signed = zero_point is None
+    offset = {4: OFFSET[x.dtype] + (8 if signed else 0), 8: 0 if signed else -128}[bits]
     sums = None
     if offset:  # Inductor fuses this with whatever made x
         sums = F.pad(x.float(), (0, blocks * block - K)).view(M, chunks, chunk).sum(-1)
@@ -269,7 +268,7 @@ def _check(
         f"not {packed.dtype} {list(packed.shape)}",
     )
     whole = group_size >= K or group_size % block == 0 or (block % group_size == 0 and group_size % width == 0)
-    require(whole, f"groups of {group_size} weights do not consist of whole slices of {width}; pack with a width that divides it")
+    require(whole, f"groups of {group_size} weights do not consist of whole slices of {width}; pack in a width that divides it")
     require(
         scale.shape == (groups, N) and (zero_point is None or zero_point.shape == (groups, N)),
         f"{groups} groups of {group_size} weights and {N} outputs have scales and zero points [{groups}, {N}], "

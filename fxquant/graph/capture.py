@@ -67,6 +67,9 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     """
     given = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [node.meta["example_value"] for node in given]
+    for node, fake in zip(given, values, strict=True):
+        if isinstance(fake, torch.Tensor) and fake.device.type == "meta":
+            raise CaptureError(f"input '{node.name}' is on the meta device and holds no data; load the weights before the first call")
     captured = trace(lambda *args: fx.Interpreter(gm).run(*args), values, _mode_of(values, gm))
     for old, new in zip(given, captured.graph.find_nodes(op="placeholder"), strict=True):
         argument = old.meta.get("grapharg")

@@ -175,6 +175,9 @@ MOVES = (
     *RESHAPES, *PERMUTES, *COPIES, *SPLITS, operator.getitem, aten.expand.default, aten.slice.Tensor, aten.select.int,
     aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default, aten.roll.default, aten.flip.default,
 )  # fmt: skip
+PADS = (aten.constant_pad_nd.default, aten.pad.default)
+# x [tokens, K] times the matrix of each token's group, W [groups, K, N]; a library registers its own fallback of the op on CPUs.
+GROUPED = (aten._grouped_mm.default, "transformers.grouped_mm_fallback.default")
 SQUASHES = (aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, *SOFTMAX)
 
 
@@ -245,7 +248,7 @@ LAWS: tuple[Law, ...] = (
     Law(EMBEDDING, None, Shift, MADE, "embedding(E - z, i) == embedding(E, i) - z", (0,), lambda E, z: (E - z,)),
     Law(EMBEDDING, None, Rotation, MADE, "embedding(E R, i) == embedding(E, i) R", (0,), lambda E, R: (E @ R,)),
     # matrix products with a weight: experts and the like, x W
-    Law(PRODUCTS, 0, Scale, READ, "(x / s) @ (W * s') == x @ W", (1,), lambda W, s: (W * s[:, None],)),
+    Law((*PRODUCTS, *GROUPED), 0, Scale, READ, "(x / s) @ (W * s') == x @ W", (1,), lambda W, s: (W * s[:, None],)),
     # sums: all operands alike, but for a shift, which any one of them carries on
     Law((*ADD, *SUB), 0, Scale, AGREES, "a / s + b / s == (a + b) / s"),
     Law((*ADD, *SUB), 1, Scale, AGREES, "a / s + b / s == (a + b) / s"),
@@ -279,7 +282,7 @@ LAWS: tuple[Law, ...] = (
     Law((*MOVES, *CAST), 0, Scale, PASSES, "view(x / s) == view(x) / view(s)"),
     Law((*MOVES, *CAST), 0, Shift, PASSES, "view(x - z) == view(x) - view(z)"),
     Law((*MOVES, *CAST), 0, Rotation, PASSES, "view(x R) == view(x) R if the last axis stays"),
-    Law((aten.constant_pad_nd.default, aten.sum.dim_IntList, aten.mean.dim), 0, Scale, PASSES, "sum(x / s) == sum(x) / s over other axes"),
+    Law((*PADS, aten.sum.dim_IntList, aten.mean.dim), 0, Scale, PASSES, "sum(x / s) == sum(x) / s over other axes"),
     Law((aten.mean.dim,), 0, Shift, PASSES, "mean(x - z) == mean(x) - z over other axes"),
 )
 # fmt: on
@@ -287,4 +290,4 @@ LAWS: tuple[Law, ...] = (
 
 def laws_of(op: Any, argument: int | None, kind: type[Map]) -> list[Law]:
     """The rows for a map of ``kind`` on ``argument`` of ``op``, in the order of the table; PositiveScale obeys Scale's as well."""
-    return [law for law in LAWS if law.argument == argument and issubclass(kind, law.kind) and op in law.ops]
+    return [law for law in LAWS if law.argument == argument and issubclass(kind, law.kind) and (op in law.ops or str(op) in law.ops)]

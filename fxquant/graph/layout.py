@@ -293,8 +293,10 @@ def _rolled(node: fx.Node, rank: int) -> list[int] | None:
 
 
 def _padded_axes(node: fx.Node, rank: int) -> list[int] | None:
+    """Zeros beside the channels' axis: a scale does not change them."""
     pads: Any = node.args[1]
-    if _argument(node, 2, "value", 0) not in (0, None):
+    general = node.target is aten.pad.default
+    if _argument(node, 3 if general else 2, "value", 0) not in (0, None) or (general and _argument(node, 2, "mode", "constant") != "constant"):
         return None
     return [rank - 1 - i // 2 for i in range(len(pads)) if not same(pads[i], 0)]
 
@@ -387,7 +389,7 @@ STEPS: dict[Any, Step] = {
     aten.index.Tensor: (_index, _NO_WAY_BACK),
     aten.roll.default: (_along_others(_rolled), _along_others(_rolled)),
     aten.flip.default: (_along_others(_rolled), _along_others(_rolled)),
-    aten.constant_pad_nd.default: (_along_others(_padded_axes), _NO_WAY_BACK),
+    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), (_along_others(_padded_axes), _NO_WAY_BACK)),
     aten.index_select.default: (_along_others(lambda node, rank: [_axis(node)]), _NO_WAY_BACK),
     aten.mean.dim: (_reduce, _NO_WAY_BACK),
     aten.sum.dim_IntList: (_reduce, _NO_WAY_BACK),

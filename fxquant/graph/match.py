@@ -18,9 +18,11 @@ from .tidy import tidy, value
 
 TOLERANCE = 1e-8  # relative: 0.79788456 in a model is the sqrt(2 / pi) of the pattern
 
-_library = torch.library.Library("fxquant", "FRAGMENT")  # noqa: TOR901
-_library.define("one_of(Tensor[] alternatives, str[] labels) -> Tensor")
-_library.impl("one_of", lambda alternatives, labels: alternatives[0].clone(), "CompositeExplicitAutograd")
+_library = torch.library.Library("fxquant", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's
+_library.define("one_of(Tensor[] alternatives, str[] labels) -> Tensor")  # type: ignore[no-untyped-call]  # torch's
+_library.impl(  # type: ignore[no-untyped-call]  # torch's
+    "one_of", lambda alternatives, labels: alternatives[0].clone(), "CompositeExplicitAutograd"
+)
 
 
 def one_of(*alternatives: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
@@ -85,6 +87,9 @@ class Match:
         return f"Match({self.pattern.name} at {self.root}: {bound})"
 
 
+Part = tuple[Any, float]  # a term (or a number) and its power in a product, its factor in a sum
+
+
 class Var(NamedTuple):
     """A variable of the pattern that stands for a tensor."""
 
@@ -108,8 +113,8 @@ class Monoid(NamedTuple):
     """A product of powers, or a sum of multiples, in any order and association."""
 
     kind: type[Product] | type[Sum]
-    parts: tuple[tuple[Any, float], ...]
-    literals: tuple[tuple[Any, float], ...]
+    parts: tuple[Part, ...]
+    literals: tuple[Part, ...]
 
 
 class Apply(NamedTuple):
@@ -188,9 +193,9 @@ class Pattern:
 
 
 def pattern(
-    check: Callable[[Match], Miss | None] | None = None, *, shared: bool = False, **examples: Sequence[int] | torch.dtype
+    check: Callable[[Match], Miss | None] | None = None, *, shared: bool = False, **examples: Sequence[int] | torch.Tensor
 ) -> Callable[[Callable[..., torch.Tensor]], Pattern]:
-    """Make a Pattern of a function; the shapes of example tensors tell which parameters are tensors, the others are numbers.
+    """Make a Pattern of a function; the shapes (or example tensors) tell which parameters are tensors, the others are numbers.
 
     ``check(match)`` may refuse with a Miss; ``shared=True`` lets inner nodes have readers outside the match.
 
@@ -248,7 +253,7 @@ class _Search:
             self.note(state, self.root, "'{}' must be a tensor, it is {}", term.name, node)
             return
         while widens(node):
-            node = node.args[0]  # type: ignore[assignment]  # widens() says that it is a node
+            node = node.args[0]
         held = state.bound.get(term.name)
         if held is None:
             yield state.bind(term.name, node)
@@ -285,9 +290,9 @@ class _Search:
             yield from self._all(terms[1:], nodes[1:], after)
 
     def _solve(
-        self, term: Monoid, parts: tuple[tuple[Any, float], ...], node: fx.Node, power: float, state: State, literal: float
+        self, term: Monoid, parts: tuple[Part, ...], node: fx.Node, power: float, state: State, literal: float
     ) -> Iterator[tuple[State, float]]:
-        """Every way in which ``parts`` make up ``node ** power`` (or ``power * node`` in a sum), with the literals met so far."""
+        """Every way in which ``parts`` make up ``node ** power`` (in a sum: ``power * node``), with the literals met so far."""
         if len(parts) == 1 and parts[0][1] == power:
             for after in self.unify(parts[0][0], node, state):
                 yield after, literal
@@ -297,7 +302,8 @@ class _Search:
             return
         if not isinstance(read, term.kind) or (term.kind is Product and power % 1 and len(read.operands) > 1):
             if len(parts) > 1:
-                self.note(state, node, "'{}' is {} where a {} of {} is needed", node, node.target, term.kind.__name__.lower(), len(parts))
+                kind = term.kind.__name__.lower()
+                self.note(state, node, "'{}' is {} where a {} of {} is needed", node, node.target, kind, len(parts))
             return
         if term.kind is Product and power % 1 and read.literals:
             return  # (c x) ** 0.5 is not read as c ** 0.5 x ** 0.5
@@ -312,7 +318,7 @@ class _Search:
         yield from self._share(term, parts, operands, state.cover(node), literal)
 
     def _share(
-        self, term: Monoid, parts: tuple[tuple[Any, float], ...], operands: tuple[tuple[fx.Node, float], ...], state: State, literal: float
+        self, term: Monoid, parts: tuple[Part, ...], operands: tuple[Part, ...], state: State, literal: float
     ) -> Iterator[tuple[State, float]]:
         """Every way to share ``parts`` out among ``operands``, at least one to each."""
         (node, power), rest = operands[0], operands[1:]
@@ -398,7 +404,8 @@ def _compile(p: Pattern) -> Any:
     numbers = {name: 0.0137 + 0.00731 * i for i, name in enumerate(n for n in p.variables if n not in p.examples)}
     with mode:
         tensors = {
-            name: torch.empty(e.shape, dtype=e.dtype) if isinstance(e, torch.Tensor) else torch.empty(e) for name, e in p.examples.items()
+            name: torch.empty(e.shape, dtype=e.dtype) if isinstance(e, torch.Tensor) else torch.empty(e)
+            for name, e in p.examples.items()
         }
 
     def on_tensors(*given: torch.Tensor) -> torch.Tensor:

@@ -57,8 +57,8 @@ CASTS = (
 LAYOUTS = (aten.contiguous.default, aten.clone.default, aten.lift_fresh_copy.default, aten.alias.default, aten.detach.default)
 
 # What a pattern never compares: where and how a value is stored, and shapes, whose meaning the fake values tell.
-IGNORED = {"dtype", "device", "layout", "memory_format", "pin_memory", "size", "shape", "normalized_shape", "non_blocking", "copy"}
-IGNORED |= {"half_to_float", "scale_grad_by_freq", "sparse", "padding_idx", "implicit"}
+IGNORED = {"dtype", "device", "layout", "memory_format", "pin_memory", "non_blocking", "copy", "half_to_float"}
+IGNORED |= {"size", "shape", "normalized_shape", "scale_grad_by_freq", "sparse", "padding_idx", "implicit"}
 
 
 def spell(node: fx.Node) -> Spelling:
@@ -196,7 +196,8 @@ def permutation_of(node: fx.Node) -> tuple[int, ...] | None:
     source = node.args[0] if node.args else None
     rank = _rank(source)
     if node.target is aten.permute.default:
-        return tuple(d % rank for d in node.args[1])  # type: ignore[union-attr, operator]  # a list of ints by its schema
+        dims: Any = node.args[1]
+        return tuple(d % rank for d in dims)
     order = list(range(rank))
     if node.target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
         i, j = node.args[1:3]
@@ -270,7 +271,8 @@ FAMILIES: dict[Any, Any] = {
 }
 
 # Which ops may read as a product, as a sum, as a call of a given key.
-PRODUCTS = tuple(op for op, rule in RULES.items() if op._schema.name.split("::")[1] in {"mul", "div", "pow", "square", "sqrt", "rsqrt", "reciprocal", "neg"})
+_MULTIPLY = {"mul", "div", "pow", "square", "sqrt", "rsqrt", "reciprocal", "neg"}
+PRODUCTS = tuple(op for op in RULES if op._schema.name.split("::")[1] in _MULTIPLY)
 SUMS = tuple(op for op in RULES if op._schema.name.split("::")[1] in {"add", "sub", "rsub"})
 MEMBERS: dict[Any, tuple[Any, ...]] = {
     "view": tuple(FAMILIES)[:3],

@@ -54,8 +54,8 @@ def _refuse_training(node: fx.Node) -> None:
     if active:
         name = node.target.__name__
         raise CaptureError(
-            f"{name} at '{node.name}' is in training mode, and an inference recipe has no gradients; "
-            "call model.eval() first, or train with fxquant.prepare_qat_(model, recipe)"
+            f"{name} at '{node.name}' is in training mode, and an inference recipe has no gradients; call model.eval() first, "
+            "or train the model uncompiled (quantization-aware training will be fxquant.prepare_qat_)"
         )
 
 

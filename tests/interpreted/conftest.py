@@ -1,4 +1,4 @@
-"""Tests that run kernels in Triton's interpreter, which replaces the compiler for a whole process: see test_triton_interpreted.py."""
+"""Tests that run kernels in Triton's interpreter, which replaces its compiler process-wide: see test_triton_interpreted.py."""
 
 import os
 

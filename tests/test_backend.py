@@ -1,0 +1,260 @@
+"""The door: what a user may say, what comes back, and what is refused."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.backend.settings import Settings
+
+EAGER = {"inductor": False}  # the lowered graph op by op: these tests are about us, not about Inductor
+
+
+class Block(nn.Module):
+    """A pre-norm MLP with a residual: small, and with all that a transformer has of interest here."""
+
+    def __init__(self, width: int = 32, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        nn.init.normal_(self.norm.weight, 1, 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def compiled(model: nn.Module, **options: object) -> nn.Module:
+    torch._dynamo.reset()
+    model.eval().compile(backend="outlierq", options={**EAGER, **options})
+    return model
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def cause(info: pytest.ExceptionInfo[BaseException]) -> BaseException:
+    """The error that we raised, below what Dynamo wrapped around it."""
+    found: BaseException = info.value
+    return getattr(found, "inner_exception", found)
+
+
+x = torch.randn(2, 5, 32)
+
+
+@torch.no_grad()
+def test_the_compiled_model_is_the_model_up_to_rounding() -> None:
+    block = Block()
+    expected = block(x)
+    assert 0 < error(compiled(block)(x), expected) < 0.01
+
+
+def test_a_model_that_was_not_run_is_not_explained() -> None:
+    assert "nothing of this model has run compiled" in str(fxquant.explain(Block()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", fxquant.Recipe.presets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_preset_runs_in_every_dtype(recipe: str, dtype: torch.dtype) -> None:
+    block = Block(width=128).to(dtype)
+    data = torch.randn(2, 5, 128, dtype=dtype)
+    expected = block(data)
+    ranges = [["up", -6.0, 6.0], ["down", -3.0, 6.0]] if recipe.endswith("static") else []
+    y = compiled(block, recipe=recipe, ranges=ranges)(data)
+    assert y.dtype == dtype
+    assert error(y.float(), expected.float()) < (0.12 if "W4" in recipe else 0.02)
+    assert fxquant.explain(block).coverage == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [0, 1, 2, 7])
+def test_any_number_of_rows(rows: int) -> None:
+    block = Block()
+    data = torch.randn(rows, 32)
+    expected = block(data)
+    y = compiled(block)(data)
+    assert y.shape == expected.shape
+    assert not rows or error(y, expected) < 0.01
+
+
+@torch.no_grad()
+def test_a_second_shape_compiles_once_for_all_that_follow() -> None:
+    block = compiled(Block())
+    reference = Block()
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for rows in (3, 4):
+            block(torch.randn(rows, 32))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 9):
+            data = torch.randn(rows, 32)
+            assert error(block(data), reference(data)) < 0.01
+
+
+def test_ignored_sites_are_skipped_with_the_rule_that_named_them() -> None:
+    block = compiled(Block(), ignore=["down"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what the user asked for is no surprise
+        block(x)
+    report = fxquant.explain(block)
+    status = {site.name: (site.status, site.reason) for site in report.sites}
+    assert status["down.weight"] == ("skipped", "ignored by 'down'")
+    assert status["up.weight"] == ("quantized", "")
+    assert report.coverage == 0.5
+
+
+def test_what_was_not_done_is_one_warning_that_says_what() -> None:
+    block = compiled(Block(width=48), recipe="W4A16")  # 128 divides neither 48 nor 96
+    with pytest.warns(UserWarning, match=r"left 2 of 2 products in floating point: up.weight \(linear\): .*128"):
+        block(torch.randn(2, 48))
+
+
+def test_options_are_read_early_and_refused_by_name() -> None:
+    with pytest.raises(fxquant.RecipeError, match="option 'recipi' is not known; did you mean 'recipe'"):
+        Settings.read(None, {"recipi": "W8A8"})
+    with pytest.raises(fxquant.RecipeError, match="no recipe 'W8A9'.*did you mean 'W8A8'"):
+        Settings.read(None, {"recipe": "W8A9"})
+    with pytest.raises(fxquant.RecipeError, match="option 'recipe' is a int"):
+        Settings.read(None, {"recipe": 8})
+    with pytest.raises(fxquant.RecipeError, match="is a tensor"):
+        Settings.read(None, {"ranges": [["up", torch.tensor(0.0), 1.0]]})
+    with pytest.raises(fxquant.RecipeError, match="option 'fuel' is '3'; a int is needed"):
+        Settings.read(None, {"fuel": "3"})
+
+
+def test_an_unknown_option_reaches_the_user_through_dynamo() -> None:
+    with pytest.raises(Exception, match="did you mean 'recipe'") as info:
+        compiled(Block(), recipies="W8A8")(x)
+    assert isinstance(cause(info), fxquant.RecipeError)
+
+
+def test_an_unknown_mode_is_a_warning_and_default() -> None:
+    with pytest.warns(UserWarning, match="mode 'fastest' is not known"):
+        assert Settings.read("fastest", None).inductor == {}
+
+
+def test_the_reserved_options_of_torch_compile_pass() -> None:
+    block = Block()
+    block.compile(backend="outlierq", options={**EAGER, "guard_filter_fn": lambda guards: [True for _ in guards]})
+    block.eval()(x)
+
+
+def test_a_gradient_is_an_error_that_says_what_to_do() -> None:
+    y = compiled(Block())(x)
+    with pytest.raises(fxquant.GradientError, match=r"torch.no_grad\(\).*prepare_qat_"):
+        y.sum().backward()
+
+
+def test_training_mode_is_refused_while_compiling() -> None:
+    class Dropping(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+    torch._dynamo.reset()
+    model = Dropping().train()
+    model.compile(backend="outlierq", options=EAGER)
+    with pytest.raises(Exception, match=r"training mode.*model.eval\(\)") as info:
+        model(x)
+    assert isinstance(cause(info), fxquant.CaptureError)
+
+
+def test_a_model_without_data_is_refused() -> None:
+    with torch.device("meta"):
+        block = Block()
+    with pytest.raises(Exception, match="meta device") as info:
+        compiled(block)(x.to("meta"))
+    assert isinstance(cause(info), fxquant.CaptureError)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
+    block = Block()
+    with torch.no_grad():
+        block.up.weight[3, 4] = bad
+    with pytest.raises(fxquant.FxquantError, match=r"up.weight.*NaN or infinity"):
+        compiled(block)(x)
+
+
+@torch.no_grad()
+def test_weights_of_any_layout_and_constant_rows() -> None:
+    block = Block()
+    block.up.weight[3] = 0
+    block.up.weight[4] = 0.5
+    block.down.weight = nn.Parameter(torch.randn(64, 32).t())
+    block.up.bias = nn.Parameter(torch.randn(1).expand(64))
+    expected = block(x)
+    assert error(compiled(block)(x), expected) < 0.02
+
+
+@torch.no_grad()
+def test_a_module_that_is_used_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(self.block(x))
+
+    model = Twice()
+    expected = model(x)
+    assert error(compiled(model)(x), expected) < 0.02
+    assert {s.name for s in fxquant.explain(model).sites} == {"block.up.weight", "block.down.weight"}
+
+
+@torch.no_grad()
+def test_compiling_twice_and_resetting() -> None:
+    block = Block()
+    expected = block(x)
+    compiled(compiled(block))(x)
+    torch._dynamo.reset()
+    assert error(block(x), expected) < 0.01
+
+
+@torch.no_grad()
+def test_two_models_and_two_threads() -> None:
+    blocks = [Block(seed=i) for i in range(2)]
+    expected = [copy.deepcopy(b)(x) for b in blocks]
+    torch._dynamo.reset()
+    for block in blocks:
+        block.eval().compile(backend="outlierq", options=EAGER)
+    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def run(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                results[i].append(blocks[i](x))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert len(results[i]) == 5
+        assert all(error(y, expected[i]) < 0.01 for y in results[i])
+
+
+@torch.no_grad()
+def test_every_stage_is_written_and_runs(tmp_path: object) -> None:
+    compiled(Block(), trace=str(tmp_path))(x)
+    stages = sorted(p.name for p in tmp_path.glob("graph*/*.py"))
+    assert [name[3:-3] for name in stages] == [
+        "captured", "canonical", "equalized", "annotated", "quantized", "lowered", "folded",
+    ]  # fmt: skip
+    for path in tmp_path.glob("graph*/*.py"):
+        compile(path.read_text(), str(path), "exec")
+
+
+@torch.no_grad()
+def test_fuel_lets_only_the_first_rewrites_happen() -> None:
+    block = Block()
+    expected = block(x)
+    errors = [error(compiled(block, fuel=fuel)(x), expected) for fuel in (0, 1000)]
+    assert errors[0] < 1e-6 < errors[1]

@@ -1,0 +1,242 @@
+"""Folded weights are always those of today: in-place changes, new dtypes, tied tables, many layers in one graph."""
+
+import gc
+import time
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.graph.fold import CACHE, FoldedWeights
+
+OPTIONS = {"inductor": False}
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(self.norm(x))
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int = 3, width: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(depth))
+        for layer in self.layers:
+            nn.init.normal_(layer.norm.weight, 1, 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def whole() -> Stack:
+    model = Stack().eval()
+    model.compile(backend="outlierq", options=OPTIONS)
+    return model
+
+
+def regional() -> Stack:
+    model = Stack().eval()
+    for layer in model.layers:
+        layer.compile(backend="outlierq", options=OPTIONS)
+    return model
+
+
+def float_output(model: Stack, x: torch.Tensor) -> torch.Tensor:
+    """What the model computes in floating point, by a copy that was never compiled."""
+    copy = Stack(len(model.layers)).to(x.dtype).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy(x)
+
+
+def assert_right(model: Stack, x: torch.Tensor) -> None:
+    expected = float_output(model, x)
+    assert ((model(x) - expected).norm() / expected.norm()).item() < 0.01
+
+
+x = torch.randn(4, 32)
+BOTH = pytest.mark.parametrize("build", [whole, regional])
+
+
+@BOTH
+def test_one_graph_serves_many_layers_and_each_has_its_own_weights(build: object) -> None:
+    model = build()
+    assert_right(model, x)
+    assert_right(model, x)
+    names = {site.name for site in fxquant.explain(model).sites}
+    assert names == {f"layers.{i}.linear.weight" for i in range(3)}
+
+
+def write_in_place(model: Stack) -> None:
+    model.layers[1].linear.weight.mul_(-2)
+
+
+def change_a_gain(model: Stack) -> None:
+    model.layers[0].norm.weight.mul_(3)
+
+
+def load_a_checkpoint(model: Stack) -> None:
+    model.load_state_dict({k: v + 0.2 * torch.randn_like(v) for k, v in model.state_dict().items()})
+
+
+def replace_the_data(model: Stack) -> None:
+    for p in model.parameters():
+        p.data = p.data + 0.2 * torch.randn_like(p)
+
+
+def step_an_optimizer(model: Stack) -> None:
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def replace_the_parameter(model: Stack) -> None:
+    model.layers[2].linear.weight = nn.Parameter(torch.randn(32, 32))
+
+
+def write_behind_the_counter(model: Stack) -> None:
+    model.layers[1].linear.weight.data.mul_(-2)
+    fxquant.refresh()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "change",
+    [write_in_place, change_a_gain, load_a_checkpoint, replace_the_data, step_an_optimizer, replace_the_parameter, write_behind_the_counter],
+)
+def test_a_change_of_weights_is_seen_by_the_next_call(build: object, change: object) -> None:
+    model = build()
+    model(x)
+    change(model)
+    assert_right(model, x)
+
+
+@BOTH
+def test_a_change_of_dtype_is_a_new_graph_with_new_weights(build: object) -> None:
+    model = build()
+    assert_right(model, x)
+    model.to(torch.bfloat16)
+    y = model(x.bfloat16())
+    expected = float_output(model, x.bfloat16()).float()
+    assert ((y.float() - expected).norm() / expected.norm()).item() < 0.02
+    for p in model.parameters():
+        p.add_(0.125)
+    model.to(torch.float32)
+    assert_right(model, x)
+
+
+class WithAdapter(nn.Module):
+    """A LoRA layer as its libraries write it: merged through ``weight.data``, which no version counter sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(32, 32)
+        self.down = nn.Linear(32, 4, bias=False)
+        self.up = nn.Linear(4, 32, bias=False)
+        self.merged: list[str] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) if self.merged else self.linear(x) + 3 * self.up(self.down(x))
+
+    def merge(self) -> None:
+        self.linear.weight.data += 3 * self.up.weight @ self.down.weight
+        self.merged.append("default")
+
+
+def test_a_merged_adapter_is_in_the_product() -> None:
+    model = WithAdapter().eval()
+    expected = model(x)
+    model.compile(backend="outlierq", options=OPTIONS)
+    for _ in range(2):
+        assert ((model(x) - expected).norm() / expected.norm()).item() < 0.02
+    model.merge()
+    assert ((model(x) - expected).norm() / expected.norm()).item() < 0.02
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(64, 32)
+        self.layer = Layer()
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(self.embedding(ids)))
+
+
+def test_a_tied_table_stays_a_table_while_its_head_is_quantized() -> None:
+    model, ids = Tied().eval(), torch.arange(8)
+    model.compile(backend="outlierq", options=OPTIONS)
+    for _ in range(2):
+        reference = Tied().eval()
+        reference.load_state_dict(model.state_dict())
+        expected = reference(ids)
+        assert ((model(ids) - expected).norm() / expected.norm()).item() < 0.01
+        model.embedding.weight.add_(1)
+
+
+def test_two_graphs_of_one_model_share_their_folded_weights() -> None:
+    model = whole()
+    model(x)
+    folds = CACHE.folds
+    model(torch.randn(2, 3, 32))  # another rank is another graph
+    assert CACHE.folds == folds
+
+
+def test_a_call_without_changes_folds_nothing() -> None:
+    model = whole()
+    model(x)
+    folds = CACHE.folds
+    for _ in range(3):
+        model(x)
+    assert CACHE.folds == folds
+
+
+def test_folded_weights_die_with_their_parameters() -> None:
+    gc.collect()
+    before = len(CACHE._entries)
+    model = whole()
+    model(x)
+    assert len(CACHE._entries) > before
+    alive = weakref.ref(model.layers[0].linear.weight)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert alive() is None
+    assert len(CACHE._entries) == before
+
+
+@pytest.mark.slow
+def test_the_check_of_150_parameters_costs_less_than_20_microseconds() -> None:
+    parameters = [nn.Parameter(torch.randn(8, 8)) for _ in range(150)]
+    weights = FoldedWeights((), range(150), lambda args: None)
+    weights(parameters)
+    best = min(_seconds(lambda: weights(parameters)) for _ in range(50))
+    assert best < 20e-6
+
+
+def _seconds(call: object, repeat: int = 200) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - start) / repeat

@@ -1,0 +1,97 @@
+"""Every transform, on random transformers: the same function, twice is once, and not more than it was allowed."""
+
+import pytest
+import torch
+from graphs import TOLERANCE, Graph, absmax_of_linear_inputs, graphs, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxquant.errors import RecipeError
+from fxquant.graph.equivalence import Note
+from fxquant.graph.fuel import Fuel
+from fxquant.patterns.transforms import TRANSFORMS, Transform, equalize, get
+
+transforms = st.sampled_from(TRANSFORMS)
+
+
+def run(transform: Transform, graph: Graph, fuel: Fuel | None = None, **arguments: object) -> list[Note]:
+    if "statistics" in transform.needs:
+        arguments["statistics"] = absmax_of_linear_inputs(graph)
+    return transform.run(graph.gm, fuel or Fuel(), **arguments)
+
+
+@given(transforms, graphs())
+def test_a_transform_computes_the_same_function(transform, graph):
+    before = graph.run()
+    run(transform, graph)
+    graph.gm.graph.lint()
+    assert relative_error(before, graph.run()) < TOLERANCE
+
+
+@given(graphs())
+def test_all_transforms_after_one_another_compute_the_same_function(graph):
+    before = graph.run()
+    for transform in TRANSFORMS:
+        run(transform, graph)
+    assert relative_error(before, graph.run()) < TOLERANCE
+
+
+@given(graphs())
+def test_migrating_the_bias_as_well_computes_the_same_function(graph):
+    before = graph.run()
+    get("migrate_gain").run(graph.gm, Fuel(), bias=True)
+    assert relative_error(before, graph.run()) < TOLERANCE
+
+
+@given(st.sampled_from(["migrate_gain", "balance"]), graphs())
+def test_a_second_run_finds_nothing_to_do(name, graph):
+    get(name).run(graph.gm, Fuel())
+    code = graph.gm.code
+    assert {note.outcome for note in get(name).run(graph.gm, Fuel())} <= {"refused"}
+    assert graph.gm.code == code
+
+
+@given(transforms, graphs(), st.integers(0, 3))
+def test_fuel_of_n_applies_exactly_n(transform, graph, n):
+    before, fuel = graph.run(), Fuel(limit=n)
+    notes = run(transform, graph, fuel)
+    applied = [note for note in notes if note.outcome != "refused"]
+    assert len(applied) == len(fuel.log) <= n
+    assert relative_error(before, graph.run()) < TOLERANCE
+
+
+@given(graphs(), st.floats(0, 1))
+def test_smoothing_again_with_measured_statistics_changes_nothing(graph, alpha):
+    """(X W)^(a (1 - a)) cancels: the second scale is one for every alpha."""
+    smooth = get("smooth")
+    run(smooth, graph, alpha=alpha)
+    once = absmax_of_linear_inputs(graph)
+    run(smooth, graph, alpha=alpha)
+    for site, twice in absmax_of_linear_inputs(graph).items():
+        torch.testing.assert_close(twice, once[site], rtol=1e-8, atol=0)
+
+
+@given(graphs())
+def test_full_smoothing_makes_every_channel_reach_one(graph):
+    notes = run(get("smooth"), graph, alpha=1.0)
+    after = absmax_of_linear_inputs(graph)
+    for note in notes:
+        shared = "groups share" if after[note.where].max() <= 1 + 1e-9 else ""
+        reached = after[note.where]
+        assert shared and reached.max() == pytest.approx(1)
+
+
+@given(graphs())
+def test_every_norm_with_a_gain_gets_one_note(graph):
+    gains = [n for n in graph.gm.graph.nodes if "norm" in str(n.target)]
+    assert len(run(get("migrate_gain"), graph)) == len(gains)
+
+
+def test_an_unknown_transform_is_refused_with_the_nearest_name():
+    with pytest.raises(RecipeError, match="did you mean 'migrate_gain'"):
+        get("migrate_gains")
+
+
+def test_smoothing_without_statistics_is_refused_before_anything_changes():
+    with pytest.raises(RecipeError, match="needs statistics"):
+        equalize(None, ("migrate_gain", "smooth"), Fuel())  # no graph was touched: there is none
