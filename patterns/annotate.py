@@ -11,7 +11,9 @@ from fxquant.graph.capture import Parameter
 from fxquant.graph.fold import cone_of, unit_of
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.ops import fake_quantize
+from fxquant.graph.rewrite import WRITTEN, splice
 from fxquant.graph.tidy import value
+from fxquant.graph.weights import parameter_only
 from fxquant.numerics.granularity import PerChannel, PerToken
 from fxquant.numerics.ranges import Given
 from fxquant.recipe import Recipe, Spec
@@ -54,10 +56,11 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel) -> list[Site]:
     """The sites of ``gm`` under ``recipe``; nodes that compute one get its key. The graph computes what it did."""
     sites: list[Site] = []
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    folded = parameter_only(gm)
     for number, (node, weight, kind) in enumerate(parameter_products(gm)):
         reads = [n for n in cone_of(weight) if n in inputs and Parameter.of(n) is not None]
-        if not reads:
-            continue
+        if not reads or node in folded:
+            continue  # a product of constants, or one that is done once per parameter version
         root = max(reads, key=lambda n: value(n).numel())
         path = Parameter.of(root).path
         site = Site(f"{number}:{path}", path, kind, inputs[root], tuple(sorted(inputs[n] for n in reads)), value(root).numel(), _counted(kind))
@@ -100,6 +103,8 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
     if site.op.startswith("conv"):
         return refuse("a convolution that is no patch embedding; only matrix products are quantized")
     w = value(weight)
+    if w.ndim < 2:
+        return refuse(f"the weight has shape {list(w.shape)}, a matrix is needed")
     if not w.is_floating_point():
         return refuse(f"the parameter has dtype {w.dtype}, a floating-point one is needed")
     if not isinstance(node.args[0], fx.Node) or not isinstance(node.args[1], fx.Node) or node.args[1] is not weight:
@@ -131,7 +136,7 @@ def _round(gm: fx.GraphModule, before: fx.Node, x: fx.Node, spec: Spec) -> fx.No
     with gm.graph.inserting_before(before):
         node = gm.graph.call_function(fake_quantize, (x, spec.to_json()))
     node.meta["val"] = value(x)
-    node.meta["fxquant_written"] = True
+    node.meta[WRITTEN] = True
     return node
 
 
@@ -144,8 +149,6 @@ def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, site: Si
 
 
 def _turned(gm: fx.GraphModule, before: fx.Node, x: fx.Node, turn: Callable[[Tensor], Tensor]) -> fx.Node:
-    from fxquant.graph.rewrite import splice
-
     return splice(gm, before, turn, x)
 
 

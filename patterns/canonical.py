@@ -26,7 +26,8 @@ aten = torch.ops.aten
 class Rewrite:
     """Where ``pattern`` matches, put what ``meaning`` computes.
 
-    The parameters of ``meaning`` are variables of the pattern, by name, and ``dtype``, the type of the root.
+    The parameters of ``meaning`` are variables of the pattern, by name; ``dtype``, the type of the root; and ``inner``, the
+    widest type that the pattern computes in.
     """
 
     pattern: Pattern
@@ -49,9 +50,15 @@ class Rewrite:
             return match
         if not fuel.take(self.name):
             return Miss("the fuel is spent", node)
-        names = inspect.signature(self.meaning).parameters
-        given = [value(node).dtype if name == "dtype" else match[name] for name in names]
+        types = {"dtype": value(node).dtype, "inner": functools.reduce(torch.promote_types, map(_dtype, match.covered))}
+        given = [types[name] if name in types else match[name] for name in inspect.signature(self.meaning).parameters]
         return substitute(gm, node, self.meaning, *given, memo=self.name)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    x = value(node)  # a tuple for an op of several results, of which the first counts
+    dtype: torch.dtype = (x if isinstance(x, Tensor) else x[0]).dtype
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def _in(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 # What each pattern becomes. Linears compute in the type that they gave. Norms and activations compute in the widest of the
 # types that they read and gave: ATen's kernels keep float32 inside for half types, which is what the casts in the
-# decomposed spellings are for.
+# decomposed spellings are for. Only float64 inside is kept as it was.
 
 
 def to_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -144,37 +151,39 @@ def to_linear_with_merged_bias(x: Tensor, weight: Tensor, first: Tensor | None, 
     return F.linear(x, weight, bias if first is None else first + bias)
 
 
-def to_rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+def to_rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, inner: torch.dtype) -> Tensor:
     """``rms_norm(x, [D], weight, eps)``."""
-    x, weight = _in(_widest(x, weight, dtype=dtype), x, weight)
+    x, weight = _in(_widest(dtype, inner, x, weight), x, weight)
     return torch.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def to_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+def to_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, inner: torch.dtype
+) -> Tensor:
     """``layer_norm(x, [D], weight, bias, eps)``."""
-    x, weight, bias = _in(_widest(x, weight, bias, dtype=dtype), x, weight, bias)
+    x, weight, bias = _in(_widest(dtype, inner, x, weight, bias), x, weight, bias)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _widest(*tensors: Tensor | None, dtype: torch.dtype) -> torch.dtype:
+def to_gelu(x: Tensor, dtype: torch.dtype, inner: torch.dtype) -> Tensor:
+    """``gelu(x)``."""
+    return F.gelu(x.to(_widest(dtype, inner, x)))
+
+
+def to_gelu_tanh(x: Tensor, dtype: torch.dtype, inner: torch.dtype) -> Tensor:
+    """``gelu(x, approximate="tanh")``."""
+    return F.gelu(x.to(_widest(dtype, inner, x)), approximate="tanh")
+
+
+def to_silu(x: Tensor, dtype: torch.dtype, inner: torch.dtype) -> Tensor:
+    """``silu(x)``."""
+    return F.silu(x.to(_widest(dtype, inner, x)))
+
+
+def _widest(dtype: torch.dtype, inner: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
     for tensor in tensors:
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def to_gelu(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gelu(x)``."""
-    return F.gelu(x.to(_widest(x, dtype=dtype)))
-
-
-def to_gelu_tanh(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gelu(x, approximate="tanh")``."""
-    return F.gelu(x.to(_widest(x, dtype=dtype)), approximate="tanh")
-
-
-def to_silu(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``silu(x)``."""
-    return F.silu(x.to(_widest(x, dtype=dtype)))
+    return inner if inner is torch.float64 else dtype
 
 
 def einsum_to_linear(gm: fx.GraphModule, node: fx.Node, fuel: Fuel) -> fx.Node | Miss:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph.equivalence import Applied, Note, Refusal, Region, Scale, Shift, apply, find, site_name, weight_algebra
+from fxquant.graph.equivalence import Applied, Note, Refusal, Scale, Shift, apply, find, site_name, weight_algebra
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.laws import LAYER_NORM, NORMS
 from fxquant.graph.weights import parameter_only
@@ -32,29 +32,24 @@ def migrate_gain(gm: fx.GraphModule, fuel: Fuel, *, tau: float = 1e-2, bias: boo
 
     With ``bias`` a LayerNorm's bias migrates too (into the readers' biases), which leaves the plain normalised value.
     """
-    notes: list[Note] = []
-    found: list[tuple[fx.Node, str, Region]] = []
+    notes = []
     weights = parameter_only(gm)
     for norm in norms_with_gain(gm):
         if "migrated" in norm.meta:
             continue
-        where = site_name(norm)
-        region = find(gm, norm, Scale) if norm.args[2] in weights else Refusal("the gain depends on an input", norm)
+        where, gain = site_name(norm), norm.args[2]
+        region = find(gm, norm, Scale) if gain in weights else Refusal("the gain depends on an input", norm)
         if isinstance(region, Refusal):
             notes.append(Note(NAME, where, "refused", str(region)))
-        elif fuel.take(f"{NAME} {where}"):
-            found.append((norm, where, region))
-        else:
+            continue
+        if not fuel.take(f"{NAME} {where}"):
             break
-    if not found:
-        return notes
-    scales = weight_algebra(gm, lambda gains: [safe_gain(gain, tau) for gain in gains], [norm.args[2] for norm, _, _ in found])
-    for (norm, where, region), s in zip(found, scales, strict=True):
         if bias and norm.target in LAYER_NORM and isinstance(norm.args[3], fx.Node):
             apply(gm, norm, Shift(norm.args[3]))
-            region = find(gm, norm, Scale)  # the shift's leftovers are new readers
+            region = find(gm, norm, Scale)  # the shift may have left an op, which is a reader too
+        s = weight_algebra(gm, lambda gain: safe_gain(gain, tau), gain, memo=(NAME, tau))
         applied = apply(gm, region, Scale(s))
-        assert isinstance(applied, Applied)  # it was found above
+        assert isinstance(applied, Applied)  # the region was found
         norm.meta["migrated"] = Migrated(where)
         notes.append(applied.note(NAME, where))
     return notes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph.equivalence import (
+    Applied,
     Explicit,
     Note,
     PositiveScale,
@@ -42,7 +43,9 @@ def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], 
     They must be of this graph as it is: the same ones given twice smooth twice. Behind norms, and where the channels come from
     a linear by ways that a scale may go (values, gates), the scale is absorbed; else one multiply is left at the linears' input.
     """
-    notes, seen = [], set()
+    notes: list[Note] = []
+    sites: list[tuple[str, fx.Node]] = []
+    seen: set[fx.Node] = set()
     for linear in gm.graph.find_nodes(op="call_function", target=LINEAR[0]):
         where = site_name(linear)
         if where not in statistics or linear in seen:
@@ -50,13 +53,17 @@ def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], 
         region = _region(gm, linear)
         if isinstance(region, Refusal):
             notes.append(Note("smooth", where, "refused", str(region)))
+        else:
+            seen |= {site.node for site in region.readers}
+            sites.append((where, linear))
+    # Backwards: a scale made by a linear's rows changes the weights that the site before it looks at.
+    for where, linear in reversed(sites):
+        region = _region(gm, linear)
+        if isinstance(region, Refusal) or not fuel.take(f"smooth {where}"):
             continue
-        seen |= {site.node for site in region.readers}
-        if not fuel.take(f"smooth {where}"):
-            break
         own = next(site for site in region.readers if site.node is linear)
         measured = channels_of(gm, own, region, constant(gm, statistics[where].to(linear.meta["val"].dtype), "statistic"))
-        notes.append(_apply(gm, region, [measured], lambda x: x, alpha, "smooth", where))
+        notes.append(_apply(gm, region, [measured], None, alpha, "smooth", where))
     return notes
 
 
@@ -75,7 +82,7 @@ def balance(gm: fx.GraphModule, fuel: Fuel, *, alpha: float = 0.5, reach: float 
         if not fuel.take(f"balance {where}"):
             break
         bias = norm.args[3:4] if norm.target in LAYER_NORM and norm.args[3:4] != (None,) else ()
-        notes.append(_apply(gm, region, [norm.args[2], *bias], lambda g, b=None: _reached(g, b, reach), alpha, "balance", where))
+        notes.append(_apply(gm, region, [norm.args[2], *bias], reach, alpha, "balance", where))
         norm.meta["balanced"] = alpha
     return notes
 
@@ -84,10 +91,6 @@ def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     """``s`` [C] from ``max|X|`` and ``max|W|`` [C]; 1 for a channel that is always zero, which needs no help."""
     s = activation.clamp_min(FLOOR) ** alpha / weight.clamp_min(FLOOR) ** (1 - alpha)
     return torch.where(activation > 0, s.clamp_min(FLOOR), torch.ones_like(s))
-
-
-def _reached(gain: Tensor, bias: Tensor | None, reach: float) -> Tensor:
-    return reach * gain.abs() if bias is None else reach * gain.abs() + bias.abs()
 
 
 def _region(gm: fx.GraphModule, linear: fx.Node) -> Region | Refusal:
@@ -100,19 +103,25 @@ def _region(gm: fx.GraphModule, linear: fx.Node) -> Region | Refusal:
     return find(gm, x, PositiveScale, explicit=Explicit.SOURCE)
 
 
-def _apply(gm: fx.GraphModule, region: Region, given: list[Any], reached: Any, alpha: float, name: str, where: str) -> Note:
-    weights = [channels_of(gm, site, region, _largest(gm, site)) for site in region.readers if site.law.whole_axis]
+def _apply(gm: fx.GraphModule, region: Region, given: list[Any], reach: float | None, alpha: float, name: str, where: str) -> Note:
+    """``given`` is a measured ``max|X|``, or, if ``reach`` is, a norm's gain and bias."""
+    weights = [channels_of(gm, site, region, _largest(gm, site)) for site in region.readers if site.law and site.law.whole_axis]
 
     def scale(given: list[Tensor], weights: list[Tensor]) -> Tensor:
-        return smoothing_scale(reached(*given), torch.stack(weights).amax(0), alpha)
+        activation = given[0] if reach is None else sum((b.abs() for b in given[1:]), reach * given[0].abs())
+        return smoothing_scale(activation, torch.stack(weights).amax(0), alpha)
 
-    applied = apply(gm, region, PositiveScale(weight_algebra(gm, scale, given, weights)))
-    assert not isinstance(applied, Refusal)  # the region was found for this graph
+    applied = apply(gm, region, PositiveScale(weight_algebra(gm, scale, given, weights, memo=(name, reach, alpha))))
+    assert isinstance(applied, Applied)  # the region was found for this graph
     return applied.note(name, where)
 
 
 def _largest(gm: fx.GraphModule, site: Site) -> fx.Node:
     """``max|W|`` over the outputs, per input channel [K] of a linear's [N, K] or of experts' [E, K, N]."""
-    position = site.law.weights[0]
-    last = site.node.target in LINEAR
-    return weight_algebra(gm, lambda W: W.abs().amax([n for n in range(W.ndim) if n != W.ndim - (1 if last else 2)]), site.node.args[position])
+    assert site.law is not None
+    back = 1 if site.node.target in LINEAR else 2
+
+    def largest(W: Tensor) -> Tensor:
+        return W.abs().amax([n for n in range(W.ndim) if n != W.ndim - back])
+
+    return weight_algebra(gm, largest, site.node.args[site.law.weights[0]], memo=("largest", back))  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def graph_of(fn: Callable[..., Any], *shapes: Any, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
-    """``fn`` traced on fake tensors; ``W``, ``B``, ... are parameters, ``x``, ``y``, ... inputs. A shape may be a Tensor instead."""
+    """``fn`` traced on fake tensors; ``W``, ``B``, ... are parameters, ``x``, ``y``, ... inputs; a Tensor may be a shape."""
     mode = FakeTensorMode()
     values = [s if isinstance(s, Tensor) else torch.empty(s, dtype=dtype) for s in shapes]
     gm = trace(fn, [mode.from_tensor(v) for v in values], mode)
@@ -41,8 +41,8 @@ def values_of(gm: fx.GraphModule, seed: int = 0) -> list[Tensor]:
 
 
 def run(gm: fx.GraphModule, values: list[Any]) -> list[Tensor]:
-    """The tensors that ``gm`` returns on copies of ``values``."""
-    copies = [v.clone() if isinstance(v, Tensor) else v for v in values]
+    """The tensors that ``gm`` returns on copies of ``values``; a symbolic size stands for the number it was traced with."""
+    copies = [v.clone() if isinstance(v, Tensor) else v.node.hint if isinstance(v, torch.SymInt) else v for v in values]
     with torch.no_grad():
         return [leaf for leaf in tree_leaves(gm(*copies)) if isinstance(leaf, Tensor)]
 

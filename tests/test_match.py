@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def inputs(gm: fx.GraphModule) -> list[fx.Node]:
     return list(gm.graph.find_nodes(op="placeholder"))
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("right", [False, True], ids=["(ab)c", "a(bc)"])
 def test_a_product_matches_in_any_order_and_association(order: tuple[int, ...], right: bool) -> None:
     def fn(x: Tensor, w: Tensor) -> Tensor:
@@ -65,25 +66,31 @@ def test_a_variable_that_occurs_twice_is_one_node() -> None:
     assert not miss and "would be both" in miss.reason
 
 
-@pytest.mark.parametrize(
-    "fn",
-    [lambda x: torch.tanh(x / 2), lambda x: torch.tanh(x * 0.5), lambda x: torch.tanh(0.25 * (x * 2)), lambda x: torch.tanh(x / 4 * 2)],
-)
-def test_numbers_multiply_however_they_are_written(fn: object) -> None:
-    assert found(half_tanh, graph_of(fn, (3, 8)))  # type: ignore[arg-type]
+HALVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "x / 2": lambda x: x / 2,
+    "x * 0.5": lambda x: x * 0.5,
+    "0.25 (2 x)": lambda x: 0.25 * (x * 2),
+    "x / 4 * 2": lambda x: x / 4 * 2,
+    "-(-x / 2)": lambda x: -(-x / 2),
+}
+
+
+@pytest.mark.parametrize("spelling", HALVES)
+def test_numbers_multiply_however_they_are_written(spelling: str) -> None:
+    half = HALVES[spelling]
+    assert found(half_tanh, graph_of(lambda x: torch.tanh(half(x)), (3, 8)))
 
 
 @given(st.floats(1e-3, 1e3))
 def test_another_number_is_a_miss_that_names_both(c: float) -> None:
     gm = graph_of(lambda x: torch.tanh(x * c), (3, 8))
-    result_ = half_tanh.match(result(gm))
-    assert bool(result_) == math.isclose(c, 0.5, rel_tol=1e-8)
-    if c != 0.5 and isinstance(result_, Miss) and c != 1.0:
-        assert "0.5 is needed" in result_.reason and str(c) in result_.reason
+    outcome = half_tanh.match(result(gm))
+    assert bool(outcome) == math.isclose(c, 0.5, rel_tol=1e-8)
+    assert outcome or "0.5 is needed" in str(outcome)
 
 
 def test_a_sum_is_not_a_difference() -> None:
-    assert found(difference, graph_of(lambda x, y: torch.exp(-1.0 * 0 + x - y), (3, 8), (3, 8)))
+    assert found(difference, graph_of(lambda x, y: torch.exp(0.0 + x - y), (3, 8), (3, 8)))
     assert not difference.match(result(graph_of(lambda x, y: torch.exp(x + y), (3, 8), (3, 8))))
 
 
@@ -100,19 +107,20 @@ def test_a_variable_does_not_read_through_a_cast_that_rounds() -> None:
     assert found(half_tanh, gm).x not in inputs(gm)
 
 
-def test_a_second_reader_forbids_the_match() -> None:
-    gm = graph_of(lambda x: ((t := torch.tanh(0.5 * x)), t + 1)[1] * t, (3, 8))
-    assert half_tanh.match(next(n for n in gm.graph.nodes if "tanh" in n.name))  # the root may have readers
+def tanh_of(gm: fx.GraphModule) -> fx.Node:
+    return next(n for n in gm.graph.nodes if n.name == "tanh")
 
-    def two_readers(x: Tensor) -> tuple[Tensor, Tensor]:
-        half = 0.5 * x
-        return torch.tanh(half), half
 
-    gm = graph_of(two_readers, (3, 8))
-    miss = half_tanh.match(next(n for n in gm.graph.nodes if "tanh" in n.name))
-    assert isinstance(miss, Miss) and "is also read by 'output'" in miss.reason
-    shared = Pattern(half_tanh.fn, half_tanh.examples, shared=True)
-    assert shared.match(next(n for n in gm.graph.nodes if "tanh" in n.name))
+def test_a_second_reader_of_an_inner_node_forbids_the_match() -> None:
+    gm = graph_of(lambda x: ((half := 0.5 * x), torch.tanh(half)), (3, 8))
+    miss = half_tanh.match(tanh_of(gm))
+    assert isinstance(miss, Miss) and "is also read by 'output', outside of the half_tanh" in miss.reason
+    assert Pattern(half_tanh.fn, half_tanh.examples, shared=True).match(tanh_of(gm))
+
+
+def test_the_root_may_have_any_number_of_readers() -> None:
+    gm = graph_of(lambda x: ((y := torch.tanh(0.5 * x)), y + 1, y * 2), (3, 8))
+    assert half_tanh.match(tanh_of(gm))
 
 
 def test_a_node_that_is_written_in_place_is_not_matched() -> None:
@@ -128,13 +136,13 @@ def test_a_node_that_is_written_in_place_is_not_matched() -> None:
 def test_a_variable_may_be_written_before_or_after_but_not_meanwhile(when: str) -> None:
     def fn(x: Tensor, w: Tensor) -> Tensor:
         if when == "before":
-            w.add_(1)
+            x.add_(1)
         y = torch.tanh(3.0 * x) * x
         if when == "meanwhile":
-            w.add_(1)
+            x.add_(1)
         z = torch.neg(w * y)
         if when == "after":
-            w.add_(1)
+            x.add_(1)
         return z
 
     root = result(graph_of(fn, (4, 8), (8,))).args[0]
@@ -156,8 +164,7 @@ def test_one_of_tells_which_spelling_was_taken_and_leaves_the_rest_unbound() -> 
     assert without.w is None
     with pytest.raises(KeyError, match="has no variable 'v'"):
         without["v"]
-    with pytest.raises(AttributeError):
-        without.v
+    assert not hasattr(without, "v")
 
 
 def test_dims_count_from_either_end_and_shapes_are_not_compared() -> None:
@@ -202,7 +209,7 @@ def test_a_weight_depends_on_parameters_and_constants_purely() -> None:
         return torch.arange(8) * W + 1, x * W, torch.rand_like(W), B * 2, torch.zeros(8)
 
     gm = graph_of(fn, (8,), (8,), (8,))
-    pure, mixed, random, written, constant = gm.graph.output_node().args[0]
+    nodes = gm.graph.output_node().all_input_nodes  # pure, mixed, random, written, constant
     weights = parameter_only(gm)
-    assert [n in weights for n in (pure, mixed, random, written, constant)] == [True, False, False, False, True]
-    assert [depends_on_parameters_only(n) for n in (pure, mixed, random, written, constant)] == [True, False, False, False, False]
+    assert [n in weights for n in nodes] == [True, False, False, False, True]
+    assert [depends_on_parameters_only(n) for n in nodes] == [True, False, False, False, False]

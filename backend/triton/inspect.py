@@ -264,8 +264,9 @@ CASES = (
 
 def main() -> None:
     """Print the table, a line for each case and compute capability."""
-    print("| kernel | sm | registers | stack | shared, bytes | loop | tensor core in loop | instructions per weight |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("kernel", "sm", "registers", "stack", "shared, bytes", "instructions", "in the loop", "tensor core in loop")
+    print(f"| {' | '.join(columns)} | instructions per weight |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
         for on in launch.KNOWN:
             if on.capability == 86:
@@ -275,7 +276,7 @@ def main() -> None:
             share = f"{seen.per_weight(case.tokens):.2f}" if case.tokens else ""
             print(
                 f"| {case.name} | {on.capability} | {seen.registers} | {seen.stack} | {seen.shared} "
-                f"| {seen.loop.total() or ''} | {products} | {share} |",
+                f"| {seen.opcodes.total()} | {seen.loop.total() or ''} | {products} | {share} |",
                 flush=True,
             )
 

@@ -54,19 +54,20 @@ def _larger(a, b):
 
 
 @triton.jit
-def quantize_tile(y, inside, SYMMETRIC: tl.constexpr):
-    """Codes (int8), scale and zero point of float32 rows y [ROWS, BLOCK]; IntAffine's arithmetic, operation by operation.
+def quantize_tile(y, SYMMETRIC: tl.constexpr):
+    """Codes (int8), scale and zero point of float32 rows y [ROWS, BLOCK], which are 0 beyond their end.
 
+    IntAffine's arithmetic, operation by operation.
     Rounds by adding 1.5 * 2**23, which leaves the nearest integer, halves to even, in the low bits of the mantissa. The clamp
     comes first, which the integer bounds allow: it keeps the product from being fused into that addition.
     """
     MAGIC: tl.constexpr = 12582912.0
     if SYMMETRIC:
-        extent = tl.reduce(tl.where(inside, tl.abs(y), 0.0), 1, _larger)
+        extent = tl.reduce(tl.abs(y), 1, _larger)
         scale = extent * (1 / 127)
     else:
-        hi = tl.reduce(tl.where(inside & ~(y <= 0.0), y, 0.0), 1, _larger)  # the range holds 0; a NaN is kept
-        low = tl.reduce(tl.where(inside & (y < 0.0), -y, 0.0), 1, _larger)  # -lo
+        hi = _larger(tl.reduce(y, 1, _larger), 0.0)  # the range holds 0
+        low = _larger(tl.reduce(-y, 1, _larger), 0.0)  # -lo
         extent = _larger(hi, low)
         scale = (hi * 0.5 + low * 0.5) * (2 / 255)
     scale = tl.where(extent == 0.0, 1.0, tl.maximum(scale, 1.1754943508222875e-38))
@@ -115,7 +116,7 @@ def row_kernel(
         y = y.to(dtype).to(tl.float32)
         if normed is not None:
             tl.store(normed + far * D + d[None, :], y.to(dtype), mask=inside)
-    codes, row_scale, row_zero = quantize_tile(y, inside, SYMMETRIC)
+    codes, row_scale, row_zero = quantize_tile(y, SYMMETRIC)
     tl.store(q + far * D + d[None, :], codes, mask=inside)
     tl.store(scale + t, row_scale, mask=t < T)
     tl.store(zero_point + t, row_zero, mask=t < T)

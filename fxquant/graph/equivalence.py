@@ -8,7 +8,7 @@
     apply(gm, region, Scale(s))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from .fuel import Fuel
 from .laws import LAWS, Effect, Law, Map, PositiveScale, Rotation, Scale, Shift, laws_of
 from .layout import Layout
 from .region import Explicit, Refusal, Region, Site, find, source_of
-from .rewrite import splice
+from .rewrite import WRITTEN, splice
 from .weights import depends_on_parameters_only, parameter_only
 
 __all__ = [
@@ -75,12 +75,12 @@ def apply(
     return Applied(region, leftovers)
 
 
-def weight_algebra(gm: fx.GraphModule, fn: Callable[..., Any], *args: Any) -> Any:
+def weight_algebra(gm: fx.GraphModule, fn: Callable[..., Any], *args: Any, memo: Hashable = None) -> Any:
     """``fn(*args)`` spliced in where the weights are computed, before everything that depends on an input; its node(s).
 
-    ``args`` are nodes that depend on parameters and constants only, and plain Python values.
+    ``args`` are nodes that depend on parameters and constants only, and plain Python values; ``memo`` as for ``splice``.
     """
-    return splice(gm, _end_of_weights(gm), fn, *args)
+    return splice(gm, _end_of_weights(gm), fn, *args, memo=memo)
 
 
 def constant(gm: fx.GraphModule, tensor: Tensor, name: str = "constant") -> fx.Node:
@@ -107,7 +107,7 @@ def channels_of(gm: fx.GraphModule, site: Site, region: Region, numbers: fx.Node
     def largest(x: Tensor, index: Tensor) -> Tensor:
         return x.new_zeros(region.channels + 1).scatter_reduce(0, index, x, "amax")[: region.channels]
 
-    return weight_algebra(gm, largest, numbers, index)  # type: ignore[no-any-return]  # one tensor, one node
+    return weight_algebra(gm, largest, numbers, index, memo=("channels_of", region.channels))  # type: ignore[no-any-return]  # one tensor, one node
 
 
 def site_name(node: fx.Node) -> str:
@@ -154,7 +154,10 @@ def _write(gm: fx.GraphModule, region: Region, map: Map) -> tuple[fx.Node, ...]:
         source = _cast(kind.operand(kind.inverse(m)), region.cut.meta["val"].dtype) if region.at_source else None
         return new, operands, source
 
-    new, operands, source = weight_algebra(gm, algebra, map.value, old, indices)
+    held = [*((site.law, site.layout.index.shape, site.node.meta["val"].dtype) for site in sites), region.cut.meta["val"].dtype]
+    held += [(value.meta["val"].dtype, layout.index.shape) for value, layout in left.items()]
+    memo = ("map", kind, region.at_source, *held)  # equal layers are traced once
+    new, operands, source = weight_algebra(gm, algebra, map.value, old, indices, memo=memo)
     for site, before, after in zip(sites, old, new, strict=True):
         for slot, was, now in zip(site.law.weights if site.law else (site.argument,), before, after, strict=True):
             if now is not was:
@@ -177,6 +180,7 @@ def _explicit(gm: fx.GraphModule, value: fx.Node, kind: type[Map], operand: fx.N
         node = gm.graph.call_function(kind.explicit, (value, operand))
     with fake_mode_of(gm):
         node.meta["val"] = kind.explicit(value.meta["val"], operand.meta["val"])
+    node.meta[WRITTEN] = True
     return node
 
 

@@ -174,7 +174,9 @@ class Pattern:
         search = _Search(self, node)
         for state in search.unify(self.term, node, State({}, frozenset(), ())):
             found = Match(self, node, state.bound, state.covered, state.taken)
-            miss = _forbidden(found) or (self.check(found) if self.check is not None else None)
+            miss = _forbidden(found)
+            if miss is None and self.check is not None:
+                miss = self.check(found)
             if miss is None:
                 return found
             search.note(state, miss.node, miss.template, *miss.details, bonus=1)
@@ -371,14 +373,14 @@ def _alike(wanted: Any, found: Any) -> bool:
 def _forbidden(match: Match) -> Miss | None:
     """Covered nodes are read by nobody else; nothing covered, and nothing bound meanwhile, is written in place."""
     for node in match.covered:
+        for writer in writers_of(node):
+            return Miss("'{}' is written in place by '{}'", node, 0, (node, writer))
+    for node in match.covered:
         if node is match.root or match.pattern.shared:
             continue
         for reader in node.users:
             if reader not in match.covered:
                 return Miss("'{}' is also read by '{}', outside of the {}", node, 0, (node, reader, match.pattern.name))
-    for node in match.covered:
-        for writer in writers_of(node):
-            return Miss("'{}' is written in place by '{}'", node, 0, (node, writer))
     first = min(match.covered)
     for node in match.bindings.values():
         if isinstance(node, fx.Node):
