@@ -1,6 +1,6 @@
 """Say which edges of a graph are quantized and how: every product with a parameter becomes a Site, quantized or with a reason."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,13 +57,13 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel) -> list[Site]:
     sites: list[Site] = []
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     folded = parameter_only(gm)
-    for number, (node, weight, kind) in enumerate(parameter_products(gm)):
+    for number, (node, weight, kind) in enumerate([*parameter_products(gm), *_look_ups(gm, folded)]):
         reads = [n for n in cone_of(weight) if n in inputs and Parameter.of(n) is not None]
         if not reads or node in folded:
             continue  # a product of constants, or one that is done once per parameter version
         root = max(reads, key=lambda n: value(n).numel())
         path = Parameter.of(root).path
-        site = Site(f"{number}:{path}", path, kind, inputs[root], tuple(sorted(inputs[n] for n in reads)), value(root).numel(), _counted(kind))
+        site = Site(f"{number}:{path}", path, kind, inputs[root], tuple(sorted(inputs[n] for n in reads)), value(weight).numel(), _counted(kind))
         site = _decide(site, node, weight, recipe)
         if not site.reason and not fuel.take(f"quantize {path}"):
             site = replace(site, reason="out of fuel")
@@ -99,8 +99,8 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
     if rule := recipe.ignores(site.path):
         return refuse(f"ignored by {rule!r}")
     if site.op == "embedding":
-        return refuse("an embedding look-up reads one row per token; this recipe leaves it in floating point")
-    if site.op.startswith("conv"):
+        return refuse("a look-up reads one row per token and multiplies nothing")
+    if site.op == "convolution":
         return refuse("a convolution that is no patch embedding; only matrix products are quantized")
     w = value(weight)
     if w.ndim < 2:
@@ -129,7 +129,13 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
 
 
 def _counted(kind: str) -> bool:
-    return kind != "embedding" and not kind.startswith("conv")
+    return kind not in ("convolution", "embedding")
+
+
+def _look_ups(gm: fx.GraphModule, tables: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, str]]:
+    for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default):
+        if node.args[0] in tables:
+            yield node, node.args[0], "embedding"
 
 
 def _round(gm: fx.GraphModule, before: fx.Node, x: fx.Node, spec: Spec) -> fx.Node:

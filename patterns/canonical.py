@@ -17,7 +17,7 @@ from fxquant.graph.rewrite import splice
 from fxquant.graph.tidy import is_impure, tidy, value
 from fxquant.graph.weights import depends_on_parameters_only
 
-from . import linear, mlp, norm
+from . import linear, mlp, norm, patches
 
 aten = torch.ops.aten
 
@@ -210,6 +210,19 @@ def _permute(x: Tensor, axes: str, wanted: str) -> Tensor:
     return x if axes == wanted else x.permute([axes.index(a) for a in wanted])
 
 
+def patches_to_linear(gm: fx.GraphModule, node: fx.Node, fuel: Fuel) -> fx.Node | Miss:
+    """A convolution whose windows do not overlap -> a linear on patches."""
+    found = patches.patches(node)
+    if isinstance(found, Miss):
+        return found
+    if not depends_on_parameters_only(found.weight):
+        return Miss("'{}' depends on more than parameters", found.weight, 1, (found.weight,))
+    if not fuel.take("patches_to_linear"):
+        return Miss("the fuel is spent", node)
+    meaning = lambda x, weight, bias: patches.patches_to_linear(x, weight, bias, found.window)  # noqa: E731
+    return substitute(gm, node, meaning, found.x, found.weight, found.bias)
+
+
 def twice_transposed(gm: fx.GraphModule, node: fx.Node, fuel: Fuel) -> fx.Node | Miss:
     """``W^T^T`` -> ``W`` for a parameter."""
     once = linear.untransposed(node)
@@ -249,6 +262,7 @@ CANONICAL: tuple[Rewrite | Rule, ...] = (
     Rule(out_of_place, frozenset(OUT_OF_PLACE)),
     Rule(twice_transposed, frozenset(linear.TRANSPOSES)),
     Rule(einsum_to_linear, frozenset({aten.einsum.default})),
+    Rule(patches_to_linear, frozenset(patches.CONVOLUTIONS)),
     Rewrite(linear.product_plus_bias, to_linear_with_bias),
     Rewrite(linear.product, to_linear),
     Rewrite(linear.product_from_the_left, to_linear_of_the_transpose),

@@ -87,14 +87,18 @@ def test_an_rms_norm_becomes_one_op(spelling: str, dtype: torch.dtype) -> None:
     assert node.args[3] == (0.0 if spelling == "no eps" else 1e-6)
 
 
+def mean(x: Tensor) -> Tensor:
+    return x.mean(-1, keepdim=True)
+
+
 LAYER: dict[str, Fn] = {
-    "var": lambda x, W, B: W * ((x - x.mean(-1, True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5)) + B,
-    "correction": lambda x, W, B: B + (x - x.mean(-1, True)) * torch.rsqrt(x.var(-1, keepdim=True, correction=0) + 1e-5) * W,
-    "mean of squares": lambda x, W, B: B + W * (x - x.mean(-1, True)) / (((x - x.mean(2, True)) ** 2).mean(2, True) + 1e-5).sqrt(),
-    "one difference": lambda x, W, B: (d := x - x.mean(-1, True)) * torch.rsqrt((d * d).mean(-1, True) + 1e-5) * W + B,
-    "no bias": lambda x, W, B: (d := x - x.mean(-1, True)) * torch.rsqrt(d.pow(2).mean(-1, True) + 1e-5) * W,
-    "bare": lambda x, W, B: (d := x - x.mean(-1, True)) * torch.rsqrt(d.pow(2).mean(-1, True) + 1e-5),
-    "in float32": lambda x, W, B: W * ((d := x.float() - x.float().mean(-1, True)) / (d.pow(2).mean(-1, True) + 1e-5).sqrt()) + B,
+    "var": lambda x, W, B: W * ((x - mean(x)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5)) + B,
+    "correction": lambda x, W, B: B + (x - mean(x)) * torch.rsqrt(x.var(-1, keepdim=True, correction=0) + 1e-5) * W,
+    "mean of squares": lambda x, W, B: B + W * (x - mean(x)) / (mean((x - x.mean(2, True)) ** 2) + 1e-5).sqrt(),
+    "one difference": lambda x, W, B: (d := x - mean(x)) * torch.rsqrt(mean(d * d) + 1e-5) * W + B,
+    "no bias": lambda x, W, B: (d := x - mean(x)) * torch.rsqrt(mean(d.pow(2)) + 1e-5) * W,
+    "bare": lambda x, W, B: (d := x - mean(x)) * torch.rsqrt(mean(d.pow(2)) + 1e-5),
+    "in float32": lambda x, W, B: W * ((d := x.float() - mean(x.float())) / (mean(d.pow(2)) + 1e-5).sqrt()) + B,
     "native": lambda x, W, B: torch.native_layer_norm(x, [8], W, B, 1e-5)[0],
     "the op, then a gain": lambda x, W, B: F.layer_norm(x, [8]) * W + B,
     "the op": lambda x, W, B: F.layer_norm(x, [8], W, B),
@@ -171,7 +175,7 @@ def test_any_composition_of_an_rms_norm_becomes_one_op(data: st.DataObject) -> N
     cast = pick(lambda t: t, lambda t: t.float(), lambda t: t.double())
     narrow = pick(lambda t, like: t, lambda t, like: t.to(like.dtype))
     square = pick(lambda t: t * t, lambda t: t.pow(2), torch.square, lambda t: t**2.0)
-    mean = pick(lambda t: t.mean(-1, keepdim=True), lambda t: t.sum(-1, keepdim=True) / 8)
+    average = pick(lambda t: t.mean(-1, keepdim=True), lambda t: t.sum(-1, keepdim=True) / 8)
     eps = data.draw(st.floats(1e-12, 1e-1))
     inverse = pick(
         lambda y, m: y * torch.rsqrt(m), lambda y, m: y / torch.sqrt(m), lambda y, m: y * m**-0.5,
@@ -182,7 +186,7 @@ def test_any_composition_of_an_rms_norm_becomes_one_op(data: st.DataObject) -> N
 
     def fn(x: Tensor, W: Tensor) -> Tensor:
         y = cast(x)
-        return gain(narrow(inverse(y, add(mean(square(y)))), x), W)
+        return gain(narrow(inverse(y, add(average(square(y)))), x), W)
 
     gm = graph_of(fn, (2, 3, 8), (8,))
     values = values_of(gm)

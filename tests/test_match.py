@@ -108,7 +108,8 @@ def test_a_variable_does_not_read_through_a_cast_that_rounds() -> None:
 
 
 def tanh_of(gm: fx.GraphModule) -> fx.Node:
-    return next(n for n in gm.graph.nodes if n.name == "tanh")
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)
+    return node
 
 
 def test_a_second_reader_of_an_inner_node_forbids_the_match() -> None:

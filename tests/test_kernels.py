@@ -1,0 +1,165 @@
+"""Every kernel equals the plain product of fake-quantized operands; the integer part to the last bit."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import tensors
+from torch import Tensor
+
+from fxquant.backend.cpu import build, ops
+from fxquant.backend.kernels import KERNELS
+from fxquant.backend.kernels.kernel import Kernel, Product, reference
+from fxquant.graph.match import Miss
+from fxquant.numerics.affine import IntAffine
+from fxquant.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from fxquant.numerics.ranges import Given
+from fxquant.recipe import Spec
+
+needs_library = pytest.mark.skipif(
+    bool(build.why_not()) or not torch.cpu._is_vnni_supported(), reason=f"no C++ kernels here: {build.why_not() or 'no AVX512-VNNI'}"
+)
+
+ACTIVATIONS = st.one_of(
+    st.none(),
+    st.builds(lambda b, s: Spec(IntAffine(b, symmetric=s), PerToken()), st.integers(2, 8), st.booleans()),
+    st.builds(lambda b, s: Spec(IntAffine(b, symmetric=s), PerTensor(), Given(-3.0, 5.0)), st.integers(2, 8), st.booleans()),
+)
+WEIGHTS = st.one_of(
+    st.builds(lambda b, s: Spec(IntAffine(b, symmetric=s), PerChannel(0)), st.integers(2, 8), st.booleans()),
+    st.builds(lambda b, s: Spec(IntAffine(b, symmetric=s), PerGroup(4)), st.integers(2, 8), st.booleans()),
+)
+
+
+@st.composite
+def products(draw: st.DrawFn) -> tuple[Product, Tensor, Tensor, Tensor | None]:
+    """A product with its data: any lead shape, odd sizes, a bias or none, half types."""
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    weight_spec = draw(WEIGHTS)
+    n, k = draw(st.integers(1, 70)), draw(st.integers(1, 17))
+    k = 4 * k if isinstance(weight_spec.granularity, PerGroup) else k
+    lead = draw(st.lists(st.integers(0, 3), max_size=2)) + [draw(st.integers(0, 9))]
+    seed = draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*lead, k, generator=generator) * draw(st.sampled_from([0.1, 1.0, 20.0]))
+    x[..., 0] *= draw(st.sampled_from([1.0, 40.0]))
+    weight = torch.randn(n, k, generator=generator)
+    bias = torch.randn(n, generator=generator) if draw(st.booleans()) else None
+    x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    return Product(x, weight, bias, draw(ACTIVATIONS), weight_spec), x, weight, bias
+
+
+def run(kernel: Kernel, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    prepared = (x,) if product.activation is None else kernel.prologue(x, product.activation)
+    packed = (weight,) if product.weight_spec is None else kernel.pack(weight, product.weight_spec)
+    return kernel.product(prepared, packed, bias, product)
+
+
+def bound(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What rounding in float32, and once in the dtype of the result, may cost: relative to the sum of magnitudes."""
+    xq = x if product.activation is None else product.activation.fake_quantize(x)
+    wq = weight if product.weight_spec is None else product.weight_spec.fake_quantize(weight)
+    size = xq.float().abs() @ wq.float().abs().t() + (0 if bias is None else bias.float().abs())
+    return size * (4 * torch.finfo(x.dtype).eps + x.shape[-1] * torch.finfo(torch.float32).eps) + 1e-30
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: type(k).__name__)
+@given(case=products())
+def test_a_kernel_is_the_product_of_fake_quantized_operands(kernel: Kernel, case: tuple[Product, Tensor, Tensor, Tensor | None]) -> None:
+    product, x, weight, bias = case
+    if not kernel.supports(product):
+        return
+    y = run(kernel, product, x, weight, bias)
+    expected = reference(x.float(), weight.float(), None if bias is None else bias.float(), product.activation, product.weight_spec)
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
+    assert bool(((y.float() - expected).abs() <= bound(product, x, weight, bias)).all())
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: type(k).__name__)
+@given(case=products())
+def test_a_kernel_that_declines_says_why(kernel: Kernel, case: tuple[Product, Tensor, Tensor, Tensor | None]) -> None:
+    answer = kernel.supports(case[0])
+    assert answer or (isinstance(answer, Miss) and len(answer.reason) > 10)
+
+
+@given(case=products())
+def test_some_kernel_supports_every_product(case: tuple[Product, Tensor, Tensor, Tensor | None]) -> None:
+    assert any(kernel.supports(case[0]) for kernel in KERNELS)
+
+
+@needs_library
+@given(x=tensors(extreme=True), bits=st.integers(2, 8), symmetric=st.booleans())
+def test_rows_are_quantized_to_the_last_bit_of_the_contract(x: Tensor, bits: int, symmetric: bool) -> None:
+    if x.dtype == torch.float64:
+        x = x.float()
+    for mine, plain in zip(ops.quantize_rows(x, bits, symmetric), ops.quantize_rows_reference(x, bits, symmetric), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_decodes_to_nan_and_the_others_do_not(bad: float) -> None:
+    x = torch.randn(3, 20)
+    x[1, 17] = bad
+    _, scale, _ = ops.quantize_rows(x, 8, False)
+    assert scale.isnan().flatten().tolist() == [False, True, False]
+
+
+@needs_library
+@given(st.integers(0, 30), st.integers(1, 40), st.integers(1, 200), st.sampled_from(ops.ACTIVATIONS), st.integers(0, 2**16))
+def test_the_integer_part_is_exact_and_the_epilogue_close(m: int, k: int, n: int, activation: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    codes = torch.randint(0, 256, (m, k), generator=generator, dtype=torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, -k % 4))
+    zero = torch.randint(0, 256, (m, 1), generator=generator, dtype=torch.int32)
+    ones, sums = torch.ones(n), weight.sum(1, dtype=torch.int32)
+    args = (codes, torch.ones(m, 1), zero, ops.pack_panels(weight), ones, sums, None, n)
+    assert torch.equal(ops.linear(*args, "none", torch.float32), ops.linear_reference(*args, "none", torch.float32))
+    small = (codes, torch.full((m, 1), 1e-4), zero, *args[3:])
+    size = ops.linear_reference(*small, "none", torch.float32).abs().max().item() if m else 0.0
+    close = {"rtol": 2e-6, "atol": 2e-7 * size}  # erf is good to 1.5e-7, and GELU multiplies it by half of its argument
+    torch.testing.assert_close(
+        ops.linear(*small, activation, torch.float32), ops.linear_reference(*small, activation, torch.float32), **close
+    )
+
+
+@needs_library
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    x, weight = torch.randn(100, 96), torch.randint(-127, 128, (200, 96), dtype=torch.int8)
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        prepared = ops.quantize_rows(x, 8, False)
+        panels, scale, sums = ops.pack_panels(weight), torch.rand(200, generator=torch.Generator().manual_seed(0)), weight.sum(1, dtype=torch.int32)
+        results.append(ops.linear(*prepared, panels, scale, sums, None, 200, "gelu", torch.float32))
+    torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+@given(st.integers(1, 200), st.integers(1, 40))
+def test_panels_are_unpacked_to_what_was_packed(n: int, k: int) -> None:
+    codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    assert torch.equal(ops.unpack_panels(ops.pack_panels(codes), n, k), codes)
+
+
+def test_without_a_compiler_another_kernel_runs_and_the_reason_is_known() -> None:
+    code = (
+        "from fxquant.backend.cpu import build\n"
+        "assert 'no-such-compiler' in build.why_not(), build.why_not()\n"
+        "import torch, fxquant\n"
+        "m = torch.nn.Module(); m.linear = torch.nn.Linear(8, 8)\n"
+        "f = lambda x: m.linear(x)\n"
+        "y = torch.compile(f, backend='outlierq', options={'inductor': False})(torch.randn(2, 8))\n"
+        "print(fxquant.explain(m))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"CXX": "no-such-compiler", "PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "oneDNN" in done.stdout or "simulated" in done.stdout
