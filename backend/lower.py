@@ -12,6 +12,7 @@ from fxquant.graph.match import Miss
 from fxquant.graph.ops import fake_quantize, read_spec
 from fxquant.graph.rewrite import replace, splice
 from fxquant.graph.tidy import tidy, value
+from fxquant.patterns.annotate import SITE
 from fxquant.recipe import Spec
 
 from .kernels.kernel import Claim, Kernel, Product
@@ -44,6 +45,9 @@ def lower(gm: fx.GraphModule, kernels: Sequence[Kernel], fuel: Fuel) -> dict[str
             continue
         _write(gm, node, kernel, operands, prepared)
         outcome[operands.site] = Lowered(kernel.name, declined)
+    for node in gm.graph.nodes:
+        if (site := node.meta.get(SITE)) is not None and site not in outcome:
+            outcome[site] = Lowered("simulated (float product of rounded operands)", ("only linears have kernels",))
     for node in list(gm.graph.find_nodes(op="call_function", target=fake_quantize)):
         replace(gm, node, lambda x, spec: read_spec(spec).fake_quantize(x), *node.args, memo="fake_quantize")
     tidy(gm)
@@ -63,7 +67,7 @@ class _Operands:
 
 def _operands(node: fx.Node) -> _Operands | None:
     """Read ``linear(fake_quantize(x), fake_quantize(weight), bias)``, either side optional; None if nothing is quantized."""
-    site = node.meta.get("fxquant_site")
+    site = node.meta.get(SITE)
     if site is None:
         return None
     x, x_spec = _unquantized(node.args[0])

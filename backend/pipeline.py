@@ -23,6 +23,7 @@ from .inductor import compile_runtime
 from .kernels import KERNELS
 from .lower import Lowered, lower
 from .settings import Settings
+from .triton.fuse import fuse_norms
 
 
 def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
@@ -40,6 +41,7 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
     quantize(graph, sites)
     stages.show("quantized", graph)
     kernels = lower(graph, KERNELS, fuel)
+    fuse_norms(graph, fuel)
     stages.show("lowered", graph)
     folded = fold(graph)
     stages.show("folded", folded.runtime, f"{len(folded.units)} units of weights were split off")

@@ -108,7 +108,7 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
     if not w.is_floating_point():
         return refuse(f"the parameter has dtype {w.dtype}, a floating-point one is needed")
     if not isinstance(node.args[0], fx.Node) or not isinstance(node.args[1], fx.Node) or node.args[1] is not weight:
-        return refuse(f"{node.target} does not read an activation and a weight as its first two arguments")
+        return refuse(f"{node.target} is quantized only where its operands are an activation and then a weight")
     weight_spec, activation = recipe.weights, recipe.activations
     if weight_spec is not None and site.op != "linear" and isinstance(weight_spec.granularity, PerChannel):
         weight_spec = replace(weight_spec, granularity=PerToken())  # a stack of matrices: one scale per row of each

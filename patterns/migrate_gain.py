@@ -2,9 +2,9 @@
 
     W (g * n + b)  ==  (W diag(g)) (n + b / g)          Outlier Suppression (Wei et al., 2022), eq. 6
 
-The map is ``s = g``. Post-norm shortcuts and other readers that are no linears get one explicit multiply by ``s``. A negative gain
-migrates like a positive one: the readers of the map are linear. A gain near zero would make ``b / g`` a new outlier, so that channel
-keeps its gain: ``s_j = 1`` where ``|g_j| <= tau * median |g|``. The norm keeps its eps.
+The map is ``s = g``. Post-norm shortcuts and other readers that are no linears get one explicit multiply by ``s``. A negative
+gain migrates like a positive one: what it passes is linear. A gain near zero would make ``b / g`` a new outlier, so that
+channel keeps its gain: ``s_j = 1`` where ``|g_j| <= tau * median |g|``. The norm keeps its eps.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph.equivalence import Applied, Note, Refusal, Scale, Shift, apply, find, site_name, weight_algebra
+from fxquant.graph.equivalence import Applied, Note, Refusal, Region, Scale, Shift, apply, find, site_name, weight_algebra
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.laws import LAYER_NORM, NORMS
 from fxquant.graph.weights import parameter_only
@@ -44,11 +44,12 @@ def migrate_gain(gm: fx.GraphModule, fuel: Fuel, *, tau: float = 1e-2, bias: boo
             continue
         if not fuel.take(f"{NAME} {where}"):
             break
-        if bias and norm.target in LAYER_NORM and isinstance(norm.args[3], fx.Node):
-            apply(gm, norm, Shift(norm.args[3]))
-            region = find(gm, norm, Scale)  # the shift may have left an op, which is a reader too
+        cut: fx.Node | Region = region
+        if bias and (b := bias_of(norm)) is not None:
+            apply(gm, norm, Shift(b))
+            cut = norm  # the shift may have left an op, which is a reader too
         s = weight_algebra(gm, lambda gain: safe_gain(gain, tau), gain, memo=(NAME, tau))
-        applied = apply(gm, region, Scale(s))
+        applied = apply(gm, cut, Scale(s))
         assert isinstance(applied, Applied)  # the region was found
         norm.meta["migrated"] = Migrated(where)
         notes.append(applied.note(NAME, where))
@@ -59,6 +60,12 @@ def norms_with_gain(gm: fx.GraphModule) -> list[fx.Node]:
     """Every norm over one axis that multiplies by a gain, in the order of the graph."""
     norms = [node for node in gm.graph.nodes if node.target in NORMS]
     return [norm for norm in norms if len(norm.args) > 2 and isinstance(norm.args[2], fx.Node) and len(norm.args[1]) == 1]
+
+
+def bias_of(norm: fx.Node) -> fx.Node | None:
+    """The bias of a LayerNorm that has one."""
+    has = norm.target in LAYER_NORM and len(norm.args) > 3 and isinstance(norm.args[3], fx.Node)
+    return norm.args[3] if has else None  # type: ignore[return-value]  # mypy does not see through `has`
 
 
 def safe_gain(gain: torch.Tensor, tau: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import RecipeError
 from fxquant.graph.equivalence import (
     Applied,
     Explicit,
@@ -28,10 +29,10 @@ from fxquant.graph.equivalence import (
     weight_algebra,
 )
 from fxquant.graph.fuel import Fuel
-from fxquant.graph.laws import LAYER_NORM, LINEAR, NORMS
+from fxquant.graph.laws import LINEAR, NORMS
 from fxquant.graph.weights import parameter_only
 
-from .migrate_gain import norms_with_gain
+from .migrate_gain import bias_of, norms_with_gain
 
 FLOOR = 1e-5
 
@@ -41,8 +42,10 @@ def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], 
 
     ``statistics``: per-channel ``max|X|`` [K] of a linear's input, by the path of the weight of the first linear that reads it.
     They must be of this graph as it is: the same ones given twice smooth twice. Behind norms, and where the channels come from
-    a linear by ways that a scale may go (values, gates), the scale is absorbed; else one multiply is left at the linears' input.
+    a linear by ways that a scale may go (values, gates), the scale is absorbed; else one multiply is left before the linear.
+    Raises RecipeError for a statistic of another length.
     """
+    _check(gm, statistics)
     notes: list[Note] = []
     sites: list[tuple[str, fx.Node]] = []
     seen: set[fx.Node] = set()
@@ -62,7 +65,8 @@ def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], 
         if isinstance(region, Refusal) or not fuel.take(f"smooth {where}"):
             continue
         own = next(site for site in region.readers if site.node is linear)
-        measured = channels_of(gm, own, region, constant(gm, statistics[where].to(linear.meta["val"].dtype), "statistic"))
+        statistic = statistics[where].to(linear.meta["val"].device, linear.meta["val"].dtype)
+        measured = channels_of(gm, own, region, constant(gm, statistic, "statistic"))
         notes.append(_apply(gm, region, [measured], None, alpha, "smooth", where))
     return notes
 
@@ -81,16 +85,24 @@ def balance(gm: fx.GraphModule, fuel: Fuel, *, alpha: float = 0.5, reach: float 
             continue
         if not fuel.take(f"balance {where}"):
             break
-        bias = norm.args[3:4] if norm.target in LAYER_NORM and norm.args[3:4] != (None,) else ()
-        notes.append(_apply(gm, region, [norm.args[2], *bias], reach, alpha, "balance", where))
+        given = [n for n in (norm.args[2], bias_of(norm)) if n is not None]
+        notes.append(_apply(gm, region, given, reach, alpha, "balance", where))
         norm.meta["balanced"] = alpha
     return notes
 
 
+def _check(gm: fx.GraphModule, statistics: Mapping[str, Tensor]) -> None:
+    for linear in gm.graph.find_nodes(op="call_function", target=LINEAR[0]):
+        where, inputs = site_name(linear), linear.args[0].meta["val"].shape[-1]
+        if where in statistics and tuple(statistics[where].shape) != (inputs,):
+            given = tuple(statistics[where].shape)
+            raise RecipeError(f"the statistic of '{where}' has shape {given}; its linear reads {inputs} channels")
+
+
 def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """``s`` [C] from ``max|X|`` and ``max|W|`` [C]; 1 for a channel that is always zero, which needs no help."""
+    """``s`` [C] from ``max|X|`` and ``max|W|`` [C]; 1 for a channel that carries next to nothing: it needs no help."""
     s = activation.clamp_min(FLOOR) ** alpha / weight.clamp_min(FLOOR) ** (1 - alpha)
-    return torch.where(activation > 0, s.clamp_min(FLOOR), torch.ones_like(s))
+    return torch.where((activation > FLOOR) & (weight > FLOOR), s, torch.ones_like(s))
 
 
 def _region(gm: fx.GraphModule, linear: fx.Node) -> Region | Refusal:
@@ -103,7 +115,9 @@ def _region(gm: fx.GraphModule, linear: fx.Node) -> Region | Refusal:
     return find(gm, x, PositiveScale, explicit=Explicit.SOURCE)
 
 
-def _apply(gm: fx.GraphModule, region: Region, given: list[Any], reach: float | None, alpha: float, name: str, where: str) -> Note:
+def _apply(
+    gm: fx.GraphModule, region: Region, given: list[Any], reach: float | None, alpha: float, name: str, where: str
+) -> Note:
     """``given`` is a measured ``max|X|``, or, if ``reach`` is, a norm's gain and bias."""
     weights = [channels_of(gm, site, region, _largest(gm, site)) for site in region.readers if site.law and site.law.whole_axis]
 
@@ -124,4 +138,5 @@ def _largest(gm: fx.GraphModule, site: Site) -> fx.Node:
     def largest(W: Tensor) -> Tensor:
         return W.abs().amax([n for n in range(W.ndim) if n != W.ndim - back])
 
-    return weight_algebra(gm, largest, site.node.args[site.law.weights[0]], memo=("largest", back))  # type: ignore[no-any-return]
+    node: fx.Node = weight_algebra(gm, largest, site.node.args[site.law.weights[0]], memo=("largest", back))
+    return node

@@ -1,4 +1,4 @@
-"""Random small transformers for tests: Python functions of named parameters, traced as a model is, and weights as training leaves them."""
+"""Random small transformers for tests: Python functions of named parameters, traced as models are, with trained-like gains."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,9 +57,12 @@ def graph_of(model: Model, x: Tensor, *, seed: int = 0, gain: str = "plain", sym
     return Graph(gm, [*_parameters(shapes, seed, gain, x.dtype), x])
 
 
+Sizes = dict[str, tuple[int, ...]]
+
+
 @lru_cache(200)
-def _traced(model: Model, shape: torch.Size, dtype: torch.dtype, symbolic: bool) -> tuple[fx.GraphModule, dict[str, tuple[int, ...]]]:
-    shapes: dict[str, tuple[int, ...]] = {}
+def _traced(model: Model, shape: torch.Size, dtype: torch.dtype, symbolic: bool) -> tuple[fx.GraphModule, Sizes]:
+    shapes: Sizes = {}
 
     def asked(name: str, *sizes: int) -> Tensor:
         shapes[name] = sizes
@@ -79,10 +82,11 @@ def _traced(model: Model, shape: torch.Size, dtype: torch.dtype, symbolic: bool)
     gm = trace(function, values, mode)
     for name, node in zip(shapes, gm.graph.find_nodes(op="placeholder"), strict=False):
         node.meta["parameter"] = Parameter(name, "parameter")
+    gm.meta["fxquant_traces"] = {}  # what splice remembers, shared by the copies
     return tidy(gm), shapes
 
 
-def _parameters(shapes: dict[str, tuple[int, ...]], seed: int, gain: str, dtype: torch.dtype) -> list[Tensor]:
+def _parameters(shapes: Sizes, seed: int, gain: str, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     values = {name: torch.randn(sizes, generator=generator, dtype=torch.float64) for name, sizes in shapes.items()}
     return [(_trained(v, gain) if name.endswith("gain") else v).to(dtype) for name, v in values.items()]
@@ -144,7 +148,17 @@ class Shape:
         return 4 * self.heads * self.groups
 
 
-shapes = st.builds(
+# Every choice at least once, few enough that a test traces each but once.
+SHAPES = (
+    Shape(),
+    Shape(heads=1, bias=False, activation="relu"),
+    Shape(groups=2, rms=True, gated=True, activation="silu", eps=1e-5),
+    Shape(groups=2, fused=True, transposed=True, eps=1e-12),
+    Shape(groups=2, rms=True, eager=True, activation="relu", eps=1e-3),
+    Shape(heads=3, eager=True, bias=False, gated=True, activation="relu"),
+    Shape(rms=True, fused=True, eager=True, activation="silu", transposed=True),
+)
+any_shapes = st.builds(
     Shape,
     heads=st.sampled_from([2, 1, 3]),
     groups=st.sampled_from([1, 2]),
@@ -258,7 +272,14 @@ class Transformer:
         return graph_of(self, x, seed=seed, gain=gain, symbolic=symbolic)
 
 
-transformers = st.builds(Transformer, st.sampled_from(ARCHITECTURES), shapes)
-graphs = st.builds(
-    Transformer.graph, transformers, seed=st.integers(0, 99), gain=st.sampled_from(GAINS), symbolic=st.booleans()
-)
+transformers = st.builds(Transformer, st.sampled_from(ARCHITECTURES), st.sampled_from(SHAPES))
+any_transformers = st.builds(Transformer, st.sampled_from(ARCHITECTURES), any_shapes)
+
+
+def graphs_of(transformers: st.SearchStrategy[Transformer]) -> st.SearchStrategy[Graph]:
+    """Small transformers with random weights, their batch sometimes a SymInt."""
+    weights = {"seed": st.integers(0, 99), "gain": st.sampled_from(GAINS)}
+    return st.builds(Transformer.graph, transformers, symbolic=st.booleans(), **weights)
+
+
+graphs = graphs_of(transformers)

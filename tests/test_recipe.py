@@ -111,7 +111,7 @@ def test_every_preset_quantizes_a_weight_and_an_activation(name):
 
 
 PROMISED = {
-    "W8A8": (Spec(IntAffine(8), PerChannel(0)), Spec(IntAffine(8, symmetric=False), PerToken()), ("migrate_gain",)),
+    "W8A8": (Spec(IntAffine(8), PerChannel(0)), Spec(IntAffine(8, symmetric=False), PerToken()), ("balance",)),
     "W8A8-static": (Spec(IntAffine(8), PerChannel(0)), Spec(IntAffine(8, symmetric=False), PerTensor(), Given()), ()),
     "W8A16": (Spec(IntAffine(8), PerChannel(0)), None, ()),
     "W4A16": (Spec(IntAffine(4, symmetric=False), PerGroup(128)), None, ()),

@@ -3,8 +3,18 @@
 from .dequantize import DequantizedLinear
 from .grouped_int_cpu import GroupedIntLinear
 from .int8_onednn import Int8Linear
+from .int8_triton import Int8TritonLinear
 from .int8_vnni import Int8VnniLinear
 from .kernel import Kernel
 from .simulated import SimulatedLinear
+from .weight_only_triton import WeightOnlyTritonLinear
 
-KERNELS: tuple[Kernel, ...] = (Int8VnniLinear(), Int8Linear(), GroupedIntLinear(), DequantizedLinear(), SimulatedLinear())
+KERNELS: tuple[Kernel, ...] = (
+    Int8TritonLinear(),
+    WeightOnlyTritonLinear(),
+    Int8VnniLinear(),
+    Int8Linear(),
+    GroupedIntLinear(),
+    DequantizedLinear(),
+    SimulatedLinear(),
+)

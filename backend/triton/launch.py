@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from .language import ceil_div, power_of_two
+from .language import INSTALLED, ceil_div, power_of_two
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,19 @@ class Device:
 
 KNOWN = (Device(80, 108, 166912), Device(86, 84, 101376), Device(89, 128, 101376), Device(90, 132, 232448))
 """A100, A10 class, Ada, Hopper; a newer GPU is treated as the last of these that is not newer."""
+
+
+def why_not(where: torch.device) -> str:
+    """Why no kernel can be launched for tensors on ``where``, in a sentence; empty if one can."""
+    if where.type != "cuda":
+        return f"the site is on {where.type}, this kernel is for NVIDIA GPUs"
+    if not INSTALLED:
+        return "triton is not installed here, and this kernel is written in it (pip install triton)"
+    if torch.version.hip:
+        return "this is PyTorch for ROCm, and this kernel was written for NVIDIA GPUs"
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(where)) < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
+    return ""
 
 
 @lru_cache

@@ -144,6 +144,7 @@ def launch_rows(
     """Launch ``row_kernel``; arguments as in ``layer_norm_quantize``, ``norm`` False to quantize x as it is."""
     x = rows(x)
     residual = None if residual is None else rows(residual)
+    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     T, D = x.shape
     q = x.new_empty((T, D), dtype=torch.int8)
     scale = x.new_empty((T, 1), dtype=torch.float32)

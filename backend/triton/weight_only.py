@@ -160,6 +160,7 @@ def launch_weight_only(
     (M, K), N, slices = x.shape, packed.shape[0], slices_of(bits)
     x, packed, scale = rows(x), rows(packed), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
+    bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else rows(residual)
     block = slices * width
     blocks = ceil_div(K, block)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch.predispatch import _vmap_increment_nesting
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -52,10 +53,10 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     return mode
 
 
-def trace(fn: Callable[..., Any], values: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+def trace(fn: Callable[..., Any], values: Sequence[Any], mode: FakeTensorMode, *, pre_dispatch: bool = True) -> fx.GraphModule:
     """Trace ``fn`` on fake ``values`` into pre-dispatch ATen: the one tracer of the house (models, patterns and rewrites)."""
     with mode, torch.no_grad():
-        gm = make_fx(fn, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+        gm = make_fx(fn, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(*values)
     gm.meta["fake_mode"] = mode
     return gm
 
@@ -70,7 +71,9 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     for node, fake in zip(given, values, strict=True):
         if isinstance(fake, torch.Tensor) and fake.device.type == "meta":
             raise CaptureError(f"input '{node.name}' is on the meta device and holds no data; load the weights before the first call")
-    captured = trace(lambda *args: fx.Interpreter(gm).run(*args), values, _mode_of(values, gm))
+    # Under vmap (associative scans are made of it) tensors are unwrapped below the pre-dispatch mode, which then loses them.
+    has_vmap = any(node.target is _vmap_increment_nesting for node in gm.graph.nodes)
+    captured = trace(lambda *args: fx.Interpreter(gm).run(*args), values, _mode_of(values, gm), pre_dispatch=not has_vmap)
     for old, new in zip(given, captured.graph.find_nodes(op="placeholder"), strict=True):
         argument = old.meta.get("grapharg")
         source = getattr(argument, "source", None)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 
 from .capture import Parameter, fake_mode_of
-from .fold import cone_of
 from .fuel import Fuel
 from .laws import LAWS, Effect, Law, Map, PositiveScale, Rotation, Scale, Shift, laws_of
 from .layout import Layout
@@ -25,8 +24,8 @@ from .rewrite import WRITTEN, splice
 from .weights import depends_on_parameters_only, parameter_only
 
 __all__ = [
-    "LAWS", "Applied", "Effect", "Explicit", "Law", "Map", "Note", "PositiveScale", "Refusal", "Region", "Rotation", "Scale", "Shift",
-    "apply", "channels_of", "constant", "find", "laws_of", "site_name", "source_of", "weight_algebra",
+    "LAWS", "Applied", "Effect", "Explicit", "Law", "Map", "Note", "PositiveScale", "Refusal", "Region", "Rotation", "Scale",
+    "Shift", "Site", "apply", "channels_of", "constant", "find", "laws_of", "root_of", "site_name", "source_of", "weight_algebra",
 ]  # fmt: skip
 
 
@@ -96,7 +95,7 @@ def constant(gm: fx.GraphModule, tensor: Tensor, name: str = "constant") -> fx.N
 
 
 def channels_of(gm: fx.GraphModule, site: Site, region: Region, numbers: fx.Node) -> fx.Node:
-    """The largest of the ``numbers`` [K] that belong to each channel of the region [C]; K positions of ``site``, none below zero.
+    """The largest of the ``numbers`` [K] that belong to each channel of the region [C]; one per position of ``site``, none < 0.
 
     Query heads that share a value head have one channel at several positions; a fused projection has positions without any.
     """
@@ -107,20 +106,41 @@ def channels_of(gm: fx.GraphModule, site: Site, region: Region, numbers: fx.Node
     def largest(x: Tensor, index: Tensor) -> Tensor:
         return x.new_zeros(region.channels + 1).scatter_reduce(0, index, x, "amax")[: region.channels]
 
-    return weight_algebra(gm, largest, numbers, index, memo=("channels_of", region.channels))  # type: ignore[no-any-return]  # one tensor, one node
+    node: fx.Node = weight_algebra(gm, largest, numbers, index, memo=("channels_of", region.channels))
+    return node
 
 
 def site_name(node: fx.Node) -> str:
-    """The path of the parameter behind the first weight that an op reads, whatever algebra was written on it; else the op's name.
+    """The path of the parameter behind the first weight that an op reads, through any algebra on it; else the op's name.
 
     >>> site_name(linear)                                                    # doctest: +SKIP
     'encoder.layer.0.attention.self.query.weight'
     """
     for weight in filter(depends_on_parameters_only, node.all_input_nodes):
-        roots = [n for n in cone_of(weight) if Parameter.of(n) is not None]
-        if roots:
-            return max(sorted(roots), key=lambda n: n.meta["val"].numel()).meta["parameter"].path  # type: ignore[no-any-return]
+        root = root_of(weight)
+        if root is not None:
+            return root.meta["parameter"].path  # type: ignore[no-any-return]
     return node.name
+
+
+def root_of(weight: fx.Node) -> fx.Node | None:
+    """The parameter that ``weight`` is made of: the first one, read left to right, that is as large; else the largest.
+
+    ``W_v / s`` is made of ``W_v``, though another weight of the same size may stand behind ``s``.
+    """
+    roots: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    stack = [weight]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if Parameter.of(node) is not None:
+            roots.append(node)
+        stack += reversed(node.all_input_nodes)
+    as_large = [n for n in roots if n.meta["val"].numel() >= weight.meta["val"].numel()]
+    return as_large[0] if as_large else max(roots, key=lambda n: n.meta["val"].numel(), default=None)
 
 
 def _end_of_weights(gm: fx.GraphModule) -> fx.Node:

@@ -11,8 +11,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from .laws import ADD, CAST, CAT, COPIES, DIV, EMBEDDING, GROUPED, LAYER_NORM, LINEAR, MUL, PADS, RMS_NORM, SOFTMAX, SUB, Effect, Law, Rotation
-from .layout import ATTENTION, PRODUCTS
+from .laws import (
+    ADD,
+    CAST,
+    CAT,
+    DIV,
+    EMBEDDING,
+    GROUPED,
+    LAYER_NORM,
+    LINEAR,
+    MUL,
+    PADS,
+    RMS_NORM,
+    SOFTMAX,
+    SUB,
+    Effect,
+    Law,
+    Rotation,
+    no_gain,
+    rows_sum_to_one,
+)
+from .layout import ATTENTION, COPIES, PRODUCTS
 
 aten = torch.ops.aten
 New = Callable[..., Any]  # new(*shape): symbols or numbers of that shape
@@ -31,7 +50,7 @@ class Example:
 
 def sides(op: Any, law: Law, new: New, call: Callable[..., Any]) -> tuple[Any, Any]:
     """Both sides of the identity of ``law`` for ``op``; equal if it is one (for ``stops``: equal if it stopped nothing)."""
-    given = list(EXAMPLES[op].arguments(new))
+    given = list(_example(op, law).arguments(new))
     plain = call(op, given)
     m = new.rotation(CHANNELS) if law.kind is Rotation else new.positive(CHANNELS)  # type: ignore[attr-defined]
     turned = list(given)
@@ -41,7 +60,7 @@ def sides(op: Any, law: Law, new: New, call: Callable[..., Any]) -> tuple[Any, A
             turned[place] = weight
     if law.effect is Effect.MADE:
         return call(op, turned), law.kind.apply(plain, m)
-    places = (0, 1) if law.effect is Effect.AGREES and op not in CAT else (law.argument,)
+    places = (0, 1) if law.effect is Effect.AGREES and op not in CAT else (law.argument or 0,)
     for place in places:
         x = turned[place]
         turned[place] = [law.kind.apply(part, m) for part in x] if isinstance(x, list) else law.kind.apply(x, m)
@@ -56,9 +75,13 @@ def difference(op: Any, law: Law) -> list[Any]:
     """Left side less right side, entry by entry, simplified by SymPy."""
     import sympy
 
-    left, right = sides(op, law, _Symbols(), lambda op, given: EXAMPLES[op].meaning(*given))
+    left, right = sides(op, law, _Symbols(), lambda op, given: _example(op, law).meaning(*given))
     pairs = zip(np.ravel(np.asarray(left, dtype=object)), np.ravel(np.asarray(right, dtype=object)), strict=True)
     return [sympy.simplify(a - b) for a, b in pairs]
+
+
+def _example(op: Any, law: Law) -> Example:
+    return CONDITIONAL.get((op, law.only_if), EXAMPLES.get(op)) or EXAMPLES[op]
 
 
 class _Symbols:
@@ -136,6 +159,11 @@ def _two(new: New) -> list[Any]:
     return [new(TOKENS, CHANNELS), new(TOKENS, CHANNELS)]
 
 
+def _rows_of_one(new: New) -> Any:
+    p = new(TOKENS, 1)
+    return torch.cat([p, 1 - p], -1) if isinstance(p, torch.Tensor) else np.concatenate([p, 1 - p], -1)
+
+
 def _rows(new: New) -> list[Any]:
     return [new.index([1, 0, 1])] if hasattr(new, "index") else [np.array([1, 0, 1])]
 
@@ -179,7 +207,7 @@ EXAMPLES: dict[Any, Example] = {
     aten.unflatten.int: Example(_with(0, [1, TOKENS]), lambda x, *_: x[None]),
     aten.transpose.int: Example(lambda new: [new(1, TOKENS, CHANNELS), 0, 1], np.swapaxes),
     aten.permute.default: Example(lambda new: [new(1, TOKENS, CHANNELS), [1, 0, 2]], np.transpose),
-    aten.t.default: Example(_x, np.transpose),
+    aten.t.default: Example(lambda new: [new(CHANNELS)], np.transpose),
     aten.expand.default: Example(_with([3, TOKENS, CHANNELS]), np.broadcast_to),
     aten.slice.Tensor: Example(_with(0, 1, 2), lambda x, *_: x[1:2]),
     aten.select.int: Example(_with(0, 1), lambda x, *_: x[1]),
@@ -195,8 +223,12 @@ EXAMPLES: dict[Any, Example] = {
     aten.flip.default: Example(_with([0]), lambda x, *_: x[::-1]),
 }
 # A group of one: x times its only matrix.
-EXAMPLES.update(
-    dict.fromkeys(
-        GROUPED, Example(lambda new: [new(TOKENS, CHANNELS), new(1, CHANNELS, CHANNELS)], lambda x, W, *_: x @ W[0])
-    )
-)
+_GROUP = Example(lambda new: [new(TOKENS, CHANNELS), new(1, CHANNELS, CHANNELS)], lambda x, W: x @ W[0])
+EXAMPLES |= dict.fromkeys(GROUPED, _GROUP)
+
+# Laws that hold under a condition, on arguments that meet it.
+CONDITIONAL: dict[tuple[Any, Any], Example] = {
+    (RMS_NORM[0], no_gain): Example(lambda new: [new(TOKENS, CHANNELS), [CHANNELS], None, EPS], _rms),
+    (PRODUCTS[0], rows_sum_to_one): Example(lambda new: [_rows_of_one(new), new(2, CHANNELS)], np.matmul),
+    (PRODUCTS[1], rows_sum_to_one): Example(lambda new: [_rows_of_one(new)[None], new(1, 2, CHANNELS)], np.matmul),
+}

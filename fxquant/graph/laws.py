@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, SPLITS
+from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, SPLITS, same
 
 aten = torch.ops.aten
 
@@ -141,7 +141,7 @@ Condition = Callable[[fx.Node], bool]
 class Law:
     """One row: ``kind`` of map on ``argument`` of any of ``ops`` (None: on the output, for a producer).
 
-    ``weights`` are the argument positions that ``rewrite`` takes and returns, before the map: they must depend on parameters only.
+    ``weights`` are the argument positions that ``rewrite`` takes (before the map) and returns: of parameters only.
     ``only_if`` looks at the node for what the identity takes for granted.
     """
 
@@ -176,7 +176,7 @@ MOVES = (
     aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default, aten.roll.default, aten.flip.default,
 )  # fmt: skip
 PADS = (aten.constant_pad_nd.default, aten.pad.default)
-# x [tokens, K] times the matrix of each token's group, W [groups, K, N]; a library registers its own fallback of the op on CPUs.
+# x [tokens, K] times the matrix of each token's group, W [groups, K, N]; a library has its own fallback of the op for CPUs.
 GROUPED = (aten._grouped_mm.default, "transformers.grouped_mm_fallback.default")
 SQUASHES = (aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, *SOFTMAX)
 
@@ -186,15 +186,11 @@ def _some(b: Any, then: Callable[[Any], Any], otherwise: Callable[[], Any] = lam
     return otherwise() if b is None else then(b)
 
 
-def _floating(node: fx.Node) -> bool:
-    return bool(node.meta["val"].is_floating_point())
-
-
 def _unit_alpha(node: fx.Node) -> bool:
-    return node.kwargs.get("alpha", 1) == 1
+    return node.kwargs.get("alpha", 1) in (1, 1.0)
 
 
-def _no_gain(node: fx.Node) -> bool:
+def no_gain(node: fx.Node) -> bool:
     return len(node.args) < 3 or node.args[2] is None
 
 
@@ -203,7 +199,7 @@ def _one_axis(node: fx.Node) -> bool:
     return len(axes) == 1
 
 
-def _rows_sum_to_one(node: fx.Node) -> bool:
+def rows_sum_to_one(node: fx.Node) -> bool:
     """Attention weights that sum to one: no dropout, and no mask that might forbid a whole row."""
     if node.target is ATTENTION:
         mask, dropout = (*node.args[3:5], None, 0.0)[:2] if len(node.args) < 5 else node.args[3:5]
@@ -219,7 +215,7 @@ def _rows_sum_to_one(node: fx.Node) -> bool:
 
 def _same_rows(node: fx.Node) -> bool:
     before, after = node.args[0].meta["val"].shape[-1], node.meta["val"].shape[-1]  # type: ignore[union-attr]
-    return isinstance(before, int) and isinstance(after, int) and before == after or str(before) == str(after)
+    return same(before, after)
 
 
 # fmt: off
@@ -231,7 +227,8 @@ LAWS: tuple[Law, ...] = (
     Law(LINEAR, 0, Rotation, READ, "linear(x R, W R, b) == linear(x, W, b)", (1, 2), lambda W, b, R: (W @ R, b)),
     Law(LINEAR, None, Scale, MADE, "linear(x, W / s', b / s) == linear(x, W, b) / s", (1, 2),
         lambda W, b, s: (W / s[:, None], _some(b, lambda b: b / s))),
-    Law(LINEAR, None, Shift, MADE, "linear(x, W, b - z) == linear(x, W, b) - z", (1, 2), lambda W, b, z: (W, _some(b, lambda b: b - z, lambda: -z))),
+    Law(LINEAR, None, Shift, MADE, "linear(x, W, b - z) == linear(x, W, b) - z", (1, 2),
+        lambda W, b, z: (W, _some(b, lambda b: b - z, lambda: -z))),
     Law(LINEAR, None, Rotation, MADE, "linear(x, R^T W, b R) == linear(x, W, b) R", (1, 2),
         lambda W, b, R: (R.T @ W, _some(b, lambda b: b @ R))),
     # norms: n(x) w + b, with n(x) of mean 0 and variance 1, or of mean square 1
@@ -241,7 +238,7 @@ LAWS: tuple[Law, ...] = (
         lambda w, b, z: (w, _some(b, lambda b: b - z, lambda: -z)), _one_axis),
     Law(RMS_NORM, None, Scale, MADE, "rms_norm(x, w / s) == rms_norm(x, w) / s", (2,),
         lambda w, s: (_some(w, lambda w: w / s, lambda: 1 / s),), _one_axis),
-    Law(RMS_NORM, 0, Rotation, PASSES, "rms_norm(x R) == rms_norm(x) R without a gain", only_if=_no_gain),
+    Law(RMS_NORM, 0, Rotation, PASSES, "rms_norm(x R) == rms_norm(x) R without a gain", only_if=no_gain),
     Law(NORMS, 0, Scale, STOPS, "the statistics of a norm mix its channels"),
     # a table of rows
     Law(EMBEDDING, None, Scale, MADE, "embedding(E / s, i) == embedding(E, i) / s", (0,), lambda E, s: (E / s,)),
@@ -275,9 +272,9 @@ LAWS: tuple[Law, ...] = (
     Law(SQUASHES, 0, Shift, STOPS, "not additive: f(x - z) is not f(x) - z"),
     # attention's value path: P V, with the channels of a head on the last axis
     Law((ATTENTION,), 2, Scale, PASSES, "P (V / s) == (P V) / s"),
-    Law((ATTENTION,), 2, Shift, PASSES, "P (V - z) == P V - z: the rows of P sum to one", only_if=_rows_sum_to_one),
+    Law((ATTENTION,), 2, Shift, PASSES, "P (V - z) == P V - z: the rows of P sum to one", only_if=rows_sum_to_one),
     Law(PRODUCTS, 1, Scale, PASSES, "P (V / s) == (P V) / s"),
-    Law(PRODUCTS, 1, Shift, PASSES, "P (V - z) == P V - z: the rows of P sum to one", only_if=_rows_sum_to_one),
+    Law(PRODUCTS, 1, Shift, PASSES, "P (V - z) == P V - z: the rows of P sum to one", only_if=rows_sum_to_one),
     # what only moves, picks or copies elements
     Law((*MOVES, *CAST), 0, Scale, PASSES, "view(x / s) == view(x) / view(s)"),
     Law((*MOVES, *CAST), 0, Shift, PASSES, "view(x - z) == view(x) - view(z)"),
@@ -289,5 +286,6 @@ LAWS: tuple[Law, ...] = (
 
 
 def laws_of(op: Any, argument: int | None, kind: type[Map]) -> list[Law]:
-    """The rows for a map of ``kind`` on ``argument`` of ``op``, in the order of the table; PositiveScale obeys Scale's as well."""
-    return [law for law in LAWS if law.argument == argument and issubclass(kind, law.kind) and (op in law.ops or str(op) in law.ops)]
+    """The rows for a map of ``kind`` on ``argument`` of ``op``, in the table's order; PositiveScale obeys Scale's as well."""
+    rows = [law for law in LAWS if law.argument == argument and issubclass(kind, law.kind)]
+    return [law for law in rows if op in law.ops or str(op) in law.ops]

@@ -1,8 +1,8 @@
 """A layout says to which channel of a map each element of a tensor belongs, and follows it through views, heads and slices.
 
 It is an integer array that broadcasts against the tensor: ``[[[0, 1, 2, 3]]]`` for four channels on the last axis of a
-``[batch, tokens, 4]`` value, ``[[[[0, 1], [2, 3]]]]`` after ``view(batch, tokens, 2, 2)``. ``-1`` marks elements that the map leaves
-alone, such as the queries and keys beside the values of a fused projection. Sizes are never compared in a way that adds a guard.
+``[batch, tokens, 4]`` value, ``[[[[0, 1], [2, 3]]]]`` after ``view(batch, tokens, 2, 2)``. ``-1`` marks elements that the map
+leaves alone, such as the queries and keys beside the values of a fused projection. No comparison of sizes adds a guard.
 """
 
 import operator
@@ -160,12 +160,11 @@ def _order(node: fx.Node) -> list[int]:
     return order
 
 
-def _expand_back(node: fx.Node, layout: Layout) -> Layout | None:
-    rank = len(shape(node.args[0]))
+def _without_leading(layout: Layout, rank: int) -> Layout | None:
+    """The layout without the leading axes that broadcasting added, if they tell no channels apart."""
     extra = layout.rank - rank
-    if any(size != 1 for size in layout.index.shape[:extra]):
-        return None
-    return Layout(layout.index.reshape(layout.index.shape[extra:]))
+    plain = all(size == 1 for size in layout.index.shape[:extra])
+    return Layout(layout.index.reshape(layout.index.shape[extra:])) if plain else None
 
 
 def _whole(node: fx.Node, axis: int, layout: Layout) -> NDArray[np.int64] | None:
@@ -203,7 +202,7 @@ def _select(node: fx.Node, layout: Layout) -> Layout | None:
     axis, at = _axis(node), node.args[2]
     if layout.index.shape[axis] == 1:
         return Layout(layout.index.squeeze(axis))
-    return Layout.of(layout.index.take(at, axis)) if isinstance(at, int) else None
+    return Layout.of(layout.index.take([at], axis).squeeze(axis)) if isinstance(at, int) else None
 
 
 def _select_back(node: fx.Node, layout: Layout) -> Layout | None:
@@ -228,7 +227,7 @@ def _split(node: fx.Node, layout: Layout) -> list[Layout] | None:
     if layout.index.shape[axis] == 1:
         return [Layout(layout.index.squeeze(axis)) if gone else layout] * len(sizes)
     if gone:
-        return [Layout.of(layout.index.take(i, axis)) for i in range(len(sizes))]
+        return [Layout.of(layout.index.take([i], axis).squeeze(axis)) for i in range(len(sizes))]
     if not all(isinstance(size, int) for size in sizes):
         return None
     return [Layout.of(part) for part in np.split(layout.index, np.cumsum(sizes)[:-1].tolist(), axis)]
@@ -241,7 +240,8 @@ def _split_back(node: fx.Node, layouts: list[Layout]) -> Layout | None:
         return None
     pieces = [np.expand_dims(part.index, axis) if gone else part.index for part in layouts]
     common = list(np.broadcast_shapes(*(piece.take([0], axis).shape for piece in pieces)))
-    wide = [np.broadcast_to(p, [*common[:axis], 1 if gone else n, *common[axis + 1 :]]) for p, n in zip(pieces, sizes, strict=True)]
+    lengths = [1 if gone else size for size in sizes]
+    wide = [np.broadcast_to(p, [*common[:axis], n, *common[axis + 1 :]]) for p, n in zip(pieces, lengths, strict=True)]
     return Layout.of(np.concatenate(wide, axis))
 
 
@@ -268,9 +268,11 @@ def _repeat_back(node: fx.Node, layout: Layout) -> Layout | None:
 
 def _index(node: fx.Node, layout: Layout) -> Layout | None:
     """Rows picked from leading axes: ``x[rows]``; the axes behind keep their channels."""
-    picked = node.args[1]
-    gone = len(picked)  # type: ignore[arg-type]  # a list, by the schema
-    if any(i is None for i in picked) or any(size != 1 for size in layout.index.shape[:gone]):  # type: ignore[union-attr]
+    picked: Any = node.args[1]
+    if any(i is None for i in picked):
+        return None
+    gone = sum(i.meta["val"].ndim if i.meta["val"].dtype is torch.bool else 1 for i in picked)  # a mask takes all of its axes
+    if any(size != 1 for size in layout.index.shape[:gone]):
         return None
     kept = Layout(layout.index.reshape(layout.index.shape[gone:]))
     return kept.padded(len(shape(node)))
@@ -296,7 +298,8 @@ def _padded_axes(node: fx.Node, rank: int) -> list[int] | None:
     """Zeros beside the channels' axis: a scale does not change them."""
     pads: Any = node.args[1]
     general = node.target is aten.pad.default
-    if _argument(node, 3 if general else 2, "value", 0) not in (0, None) or (general and _argument(node, 2, "mode", "constant") != "constant"):
+    filler = _argument(node, 3, "value", 0) if general else _argument(node, 2, "value", 0)
+    if filler not in (0, None) or (general and _argument(node, 2, "mode", "constant") != "constant"):
         return None
     return [rank - 1 - i // 2 for i in range(len(pads)) if not same(pads[i], 0)]
 
@@ -327,9 +330,10 @@ def _attend(node: fx.Node, layout: Layout) -> Layout | None:
 def _attend_back(node: fx.Node, layout: Layout) -> Layout | None:
     values: Any = node.args[2 if node.target is aten.scaled_dot_product_attention.default else 1]
     sizes = shape(values)
-    if layout.index.shape[-2] != 1 or any(size != 1 for size in layout.index.shape[: layout.rank - len(sizes)]):
+    inner = _without_leading(layout, len(sizes)) if layout.rank >= len(sizes) >= 2 else None
+    if inner is None or inner.index.shape[-2] != 1:
         return None
-    index = layout.index.reshape(layout.index.shape[layout.rank - len(sizes) :])
+    index = inner.index
     if node.kwargs.get("enable_gqa") and index.shape[-3] > 1:
         queries = shape(node.args[0])[-3]
         if not isinstance(queries, int) or not isinstance(sizes[-3], int):
@@ -343,14 +347,8 @@ def _broadcast(node: fx.Node, layout: Layout) -> Layout:
 
 
 def _operand(position: int) -> "Step":
-    """An elementwise op of several operands: the layout of one of them, with the leading axes that broadcasting adds or drops."""
-
-    def back(node: fx.Node, layout: Layout) -> Layout | None:
-        sizes = shape(node.args[position])
-        extra = layout.rank - len(sizes)
-        return None if any(s != 1 for s in layout.index.shape[:extra]) else Layout(layout.index.reshape(layout.index.shape[extra:]))
-
-    return _broadcast, back
+    """An elementwise op of several operands: the layout of one of them, with the leading axes that broadcasting adds."""
+    return _broadcast, lambda node, layout: _without_leading(layout, len(shape(node.args[position])))
 
 
 Step = tuple[Callable[[fx.Node, Any], Any], Callable[[fx.Node, Any], Any]]
@@ -381,7 +379,10 @@ STEPS: dict[Any, Step] = {
     **dict.fromkeys(PERMUTES, _PERMUTE),
     **dict.fromkeys(COPIES, _KEEP),
     **dict.fromkeys(SPLITS, (_split, _split_back)),
-    aten.expand.default: (_broadcast, _expand_back),
+    aten.expand.default: (
+        _broadcast,
+        lambda node, layout: _without_leading(layout, len(shape(node.args[0]))),
+    ),
     aten.slice.Tensor: (_slice, _slice_back),
     aten.select.int: (_select, _select_back),
     operator.getitem: (lambda node, layouts: layouts[node.args[1]], _getitem_back),

@@ -1,6 +1,6 @@
 """A region: the producers and readers that share one channel axis, closed under the ops that a map may cross.
 
-From a cut (a value), the map is walked back to what makes the value and forth to everything that reads it, by the table of laws.
+From a cut (a value) the map is walked back to what makes the value and forth to everything that reads it, by the table of laws.
 Where a reader cannot take the map one explicit inverse may be left over; where that is not allowed the walk ends in a Refusal.
 Nothing is changed here: ``fxquant.graph.equivalence.apply`` writes a region's decisions into the graph.
 """
@@ -13,12 +13,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from .effects import written_by
+from .effects import writers_of
 from .laws import MOVES, MUL, RMS_NORM, Effect, Law, Map, Rotation, Scale, laws_of
 from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, Layout, backward, forward, forward_any, same, shape
 from .weights import parameter_only
 
 aten = torch.ops.aten
+
+
+# These look at the shape and the type of a tensor, not at what is in it.
+SHAPE_ONLY = (
+    aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten._assert_tensor_metadata.default,
+    aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+)  # fmt: skip
 
 
 class Explicit(Enum):
@@ -42,7 +50,7 @@ class Refusal:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where a region ends: ``argument`` of ``node`` reads ``value`` (None: ``node`` makes it), laid out as ``layout``."""
+    """Where a region ends: ``argument`` of ``node`` reads ``value`` (None: ``node`` makes it), laid out as ``layout``."""
 
     node: fx.Node
     argument: int | str | None
@@ -68,7 +76,8 @@ class Region:
 
     def __repr__(self) -> str:
         names = ", ".join(site.node.name for site in self.readers)
-        return f"Region({self.kind.__name__} on '{self.cut.name}' of {self.channels}: read by {names}; {len(self.explicit)} explicit)"
+        what = f"{self.kind.__name__} on '{self.cut.name}' of {self.channels}"
+        return f"Region({what}: read by {names}; {len(self.explicit)} explicit)"
 
 
 def find(gm: fx.GraphModule, cut: fx.Node, kind: type[Map], *, explicit: Explicit = Explicit.READERS) -> Region | Refusal:
@@ -88,16 +97,17 @@ def find(gm: fx.GraphModule, cut: fx.Node, kind: type[Map], *, explicit: Explici
 def edges(value: fx.Node) -> Iterator[tuple[fx.Node, int | str]]:
     """Everything that reads ``value``: the reader, and which of its arguments (once, however often inside a list)."""
     for reader in value.users:
-        for argument, given in [*enumerate(reader.args), *reader.kwargs.items()]:
+        arguments: list[tuple[int | str, Any]] = [*enumerate(reader.args), *reader.kwargs.items()]
+        for argument, given in arguments:
             if value in _nodes(given):
                 yield reader, argument
 
 
 def source_of(value: fx.Node) -> fx.Node:
-    """Where the channels of ``value`` begin: back through views, ReLU, attention's value path and gates to a linear, norm or slice."""
+    """Where the channels of ``value`` begin: back through views, ReLU, attention and gates, to a linear, a norm or a slice."""
     while True:
         node = value
-        if node.target in (*RESHAPES, *PERMUTES, *COPIES, aten.expand.default, aten.relu.default, aten.repeat_interleave.self_int):
+        if node.target in _LEADS_BACK:
             value = node.args[0]  # type: ignore[assignment]  # a node, by the schema
         elif node.target is ATTENTION:
             value = node.args[2]  # type: ignore[assignment]
@@ -149,6 +159,8 @@ class _Walk:
             while waiting := [value for value in self.carried if value not in done]:
                 for value in waiting:
                     done.add(value)
+                    if (writer := next(writers_of(value), None)) is not None:
+                        raise _Refused(f"{_name(writer)} writes to the value in place", writer)
                     for reader, argument in edges(value):
                         self._read(value, reader, argument)
             self._prune()
@@ -241,14 +253,15 @@ class _Walk:
 
     @staticmethod
     def _operands(value: fx.Node) -> list[tuple[int, fx.Node]]:
-        given = [(0, a) for a in value.args[0]] if value.target is aten.cat.default else list(enumerate(value.args[:2]))  # type: ignore[union-attr, arg-type]
+        parts: Any = value.args[0]
+        given = [(0, part) for part in parts] if value.target is aten.cat.default else list(enumerate(value.args[:2]))
         return [(n, a) for n, a in given if isinstance(a, fx.Node)]
 
     def _read(self, value: fx.Node, reader: fx.Node, argument: int | str) -> None:
         """Decide one edge: the reader absorbs the map, passes it on, or an inverse is left over."""
         layout = self.carried[value]
-        if value in written_by(reader):
-            raise _Refused(f"{_name(reader)} writes to the value in place", reader)
+        if reader.target in SHAPE_ONLY:
+            return
         if reader in self.carried and (self.entered_by.get(reader) is value or reader in self.joined):
             self.passed.append((value, reader, int(argument)))
             return
@@ -279,7 +292,8 @@ class _Walk:
             return True
         if law.only_if is not None and not law.only_if(reader):
             return f"{_name(reader)} does not meet the condition of: {law.says}"
-        carried_on = forward_any(reader, argument, layout) if law.effect is Effect.PASSES else self._agreed(reader, layout, argument)
+        agrees = law.effect is Effect.AGREES
+        carried_on = self._agreed(reader, layout, argument) if agrees else forward_any(reader, argument, layout)
         if carried_on is None:
             return f"{_name(reader)} mixes the channels with another axis"
         if isinstance(carried_on, Layout) and carried_on.untouched:
@@ -303,17 +317,17 @@ class _Walk:
         if reader.target is not aten.cat.default:
             found = forward(reader, argument, layout)
             return found if isinstance(found, Layout) else None
-        axis = int(reader.args[1] if len(reader.args) > 1 else reader.kwargs.get("dim", 0)) % layout.rank  # type: ignore[arg-type]
+        axis: Any = reader.args[1] if len(reader.args) > 1 else reader.kwargs.get("dim", 0)
+        axis %= layout.rank
         return layout if layout.index.shape[axis] == 1 else None
 
     def _join(self, value: fx.Node, reader: fx.Node, argument: int, layout: Layout) -> bool | str:
         """An add or cat: carried on if the other operands carry the same map already, are constants, or can be made to."""
         if _has_number(reader):
             return f"a number is added by {_name(reader)}"
-        missing = [
-            operand for n, operand in self._operands(reader)
-            if operand is not value and operand not in self.weights and not _empty(operand) and self.carried.get(operand) != self._operand_layout(reader, n, layout)
-        ]  # fmt: skip
+        others = [(n, operand) for n, operand in self._operands(reader) if operand is not value]
+        others = [(n, operand) for n, operand in others if operand not in self.weights and not _empty(operand)]
+        missing = [operand for n, operand in others if self.carried.get(operand) != self._operand_layout(reader, n, layout)]
         if missing and self.explicit is not Explicit.NOWHERE:
             return f"the other operand of {_name(reader)}, '{missing[0].name}', does not carry it"
         state = self._state()
@@ -348,7 +362,7 @@ class _Walk:
         return node.target in _OPTIONAL or all(w is not None for w in given)
 
     def _prune(self) -> None:
-        """Where nothing further on absorbs the map it is not carried on: one inverse on the spot costs less than several later."""
+        """Where nothing further on absorbs the map it is not carried on: one inverse now costs less than several later."""
         if self.explicit is Explicit.NOWHERE:
             return
         useful = {site.value for site in self.readers} | self.needed
@@ -356,12 +370,14 @@ class _Walk:
         while changed:
             more = {value for value, reader, _ in self.passed if reader in useful} - useful
             # The parts of a split have no tensor before getitem: an inverse can only come after it.
-            more |= {reader for value, reader, _ in self.passed if value in useful and isinstance(self.carried[value], list)} - useful
+            split = {value for value in useful if isinstance(self.carried[value], list)}
+            more |= {reader for value, reader, _ in self.passed if value in split} - useful
             useful |= more
             changed = bool(more)
         kept = {value: layout for value, layout in self.carried.items() if value in useful}
-        ends = [Site(reader, n, value, self.carried[value]) for value, reader, n in self.passed if value in kept and reader not in kept]
-        self.leftovers = [site for site in self.leftovers if site.value in kept] + ends
+        ends = [(value, reader, n) for value, reader, n in self.passed if value in kept and reader not in kept]
+        self.leftovers = [site for site in self.leftovers if site.value in kept]
+        self.leftovers += [Site(reader, n, value, kept[value]) for value, reader, n in ends]
         self.constants = [site for site in self.constants if site.node in kept]
         self.joined &= set(kept)
         self.carried = kept
@@ -379,6 +395,7 @@ class _Walk:
         ) = state  # fmt: skip
 
 
+_LEADS_BACK = (*RESHAPES, *PERMUTES, *COPIES, aten.expand.default, aten.relu.default, aten.repeat_interleave.self_int)
 _OPTIONAL = (aten.linear.default, aten.layer_norm.default, *RMS_NORM)  # a bias or a gain may be absent
 
 

@@ -30,7 +30,7 @@ def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: A
         return fn(*pytree.tree_unflatten([next(given) if isinstance(a, fx.Node) else a for a in flat], spec))
 
     def traced() -> fx.GraphModule:
-        return trace(on_nodes, [value(n) for n in nodes], fake_mode_of(gm))
+        return trace(on_nodes, _distinct([value(n) for n in nodes]), fake_mode_of(gm))
 
     if memo is None:
         return _copy_in(gm, before, traced(), nodes)
@@ -39,6 +39,18 @@ def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: A
     if key not in traces:
         traces[key] = traced()
     return _copy_in(gm, before, traces[key], nodes)
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    """The fake ``values``, no tensor twice: the tracer tells its inputs apart by identity, and copies of one trace share values."""
+    seen: set[int] = set()
+    result = []
+    for x in values:
+        if isinstance(x, torch.Tensor) and id(x) in seen:
+            x = x.detach()
+        seen.add(id(x))
+        result.append(x)
+    return result
 
 
 def _type_of(node: fx.Node) -> Hashable:

@@ -18,7 +18,7 @@ def tidy(gm: fx.GraphModule) -> fx.GraphModule:
     Raises CaptureError for a graph in training mode (an active dropout or batch norm).
     """
     for node in list(gm.graph.nodes):
-        if node.target in (torch._C._set_grad_enabled, torch._C._functorch._vmap_increment_nesting):
+        if node.target is torch._C._set_grad_enabled:
             gm.graph.erase_node(node)
             continue
         _refuse_training(node)
@@ -105,6 +105,7 @@ IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.to.dtype_layout: _same_type,
     aten.to.device: _same_type,
     aten.to.other: _same_type,
+    aten.type_as.default: _same_type,
     aten.slice.Tensor: _same_shape,
     aten.expand.default: _same_shape,
     aten.view.default: _same_shape,

@@ -1,0 +1,60 @@
+"""W4A16 and W8A16 on an NVIDIA GPU: Triton widens the codes in registers, so that the weight is read once, packed."""
+
+import torch
+from torch import Tensor
+
+from fxquant.graph.match import Miss
+from fxquant.numerics.affine import IntAffine
+from fxquant.numerics.granularity import PerChannel, PerGroup
+from fxquant.recipe import Spec
+
+from ..triton import launch
+from ..triton.epilogue import ACTIVATIONS
+from ..triton.weight_only import OFFSET, pack_weight, w4a16_gemm, w8a16_gemm
+from .kernel import Claim, Product
+
+# What the kernels were compiled and looked at for: bits and granularity of the weight.
+FORMS = ((4, PerGroup(128)), (8, PerChannel(0)))
+ONE_GROUP = 1 << 30  # a group of K or more: one scale per row
+
+
+class WeightOnlyTritonLinear:
+    """Weights of 4 bits in groups of 128 or of 8 bits per channel, either symmetric or not; 16-bit floats as activations."""
+
+    name = "weight-only Triton (fused epilogue)"
+    epilogues = tuple(name for name in ACTIVATIONS if name != "none")
+
+    def supports(self, product: Product) -> Claim | Miss:
+        w, (n, k) = product.weight_spec, product.weight.shape
+        if reason := launch.why_not(product.x.device):
+            return Miss(reason)
+        if product.activation is not None:
+            return Miss("activations are quantized, and this kernel multiplies in floating point")
+        if product.x.dtype not in OFFSET:
+            return Miss(f"activations have dtype {product.x.dtype}; bfloat16 or float16 is needed")
+        if w is None or not isinstance(w.format, IntAffine) or (w.format.bits, w.granularity) not in FORMS:
+            return Miss(f"weights are {w and w.brief}; 4 bits per group of 128, or 8 bits per channel, are needed")
+        if not (n > 0 and k > 0):
+            return Miss(f"the weight has shape [{n}, {k}]; at least one output and one input are needed")
+        return Claim(self.name)
+
+    def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:
+        """[N, K] -> int16 words of slices [N, ...], scale float32 [G, N], zero point int32 [G, N] if there is one."""
+        qparams = spec.fit(weight)
+        codes = spec.encode(weight, qparams)
+        turned = [t.reshape(weight.shape[0], -1).t() for t in qparams if t is not None]
+        blocks = [t.clone(memory_format=torch.contiguous_format) for t in turned]
+        return pack_weight(codes, spec.format.bits), blocks[0].to(torch.float32), *blocks[1:]
+
+    def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
+        raise AssertionError("activations stay in floating point")
+
+    def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor:
+        spec, x = like.weight_spec, prepared[0]
+        assert spec is not None
+        gemm = w4a16_gemm if spec.format.bits == 4 else w8a16_gemm
+        words, scale, zero_point = (*packed, None)[:3]
+        size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else ONE_GROUP
+        rows = x.reshape(-1, x.shape[-1])
+        y = gemm(rows, words, scale, zero_point, bias, group_size=size, activation=like.epilogue or "none")
+        return y.view(*x.shape[:-1], words.shape[0])

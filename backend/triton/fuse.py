@@ -1,0 +1,152 @@
+"""``quantize_rows(norm(x + residual))`` becomes one op that reads each row once; others read sum and norm from it too."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.match import Match, Miss, one_of, pattern
+from fxquant.graph.rewrite import splice
+from fxquant.graph.spelling import FAMILIES
+from fxquant.graph.tidy import value
+from fxquant.patterns.canonical import erase
+from fxquant.patterns.linear import same_sizes
+
+from .row import WIDEST_NORM, layer_norm_quantize, rms_norm_quantize
+
+aten = torch.ops.aten
+QUANTIZE = torch.ops.fxquant.quantize_rows.default
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+
+
+def fuse_norms(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
+    """Fuse every ``quantize_rows`` with the norm, and the residual add, that it quantizes; in place. Returns why some were not.
+
+    A graph without ``quantize_rows``, as every graph on a CPU is, stays as it is.
+    """
+    misses: list[Miss] = []
+    for quantize in list(gm.graph.find_nodes(op="call_function", target=QUANTIZE)):
+        match = _match(quantize)
+        if isinstance(match, Miss):
+            misses.append(match)
+        elif fuel.take(f"fuse {match.root.name} with its quantization"):
+            _write(gm, quantize, match)
+            gm.recompile()
+    return misses
+
+
+def _match(quantize: fx.Node) -> Match | Miss:
+    """The norm whose rows ``quantize`` reads, if the fused op computes the same."""
+    rows = _way(quantize)[-1]
+    size, asked = value(rows).shape[-1], value(quantize.args[0]).shape[-1]
+    if size != asked:
+        return Miss("'{}' has rows of {} and is quantized in rows of {}", rows, 0, (rows, size, asked))
+    misses: list[Miss] = []
+    for norm in (layer_norm, rms_norm):
+        found = norm.match(rows)
+        if isinstance(found, Match):
+            return found
+        misses.append(found)
+    return max(misses, key=lambda miss: miss.depth)
+
+
+def _fits(match: Match) -> Miss | None:
+    """One kind of number on the way, rows that fit the kernel, and nobody who reads what the kernel keeps to itself."""
+    x, norm, sums = value(match.x), _norm(match), [n for n in match.covered if n.target is aten.add.Tensor]
+    size = x.shape[-1]
+    if len(norm.args[1]) != 1:
+        return Miss("'{}' normalises over {} axes, the kernel over the last one", norm, 0, (norm, len(norm.args[1])))
+    if not isinstance(size, int) or size > WIDEST_NORM:
+        return Miss("'{}' has rows of {}, the kernel holds up to {}", norm, 0, (norm, size, WIDEST_NORM))
+    if len(sums) != (match.residual is not None):
+        return Miss("the residual of '{}' is spelled in {} additions", norm, 0, (norm, len(sums)))
+    for node in (match.root, *sums, *([match.residual] if sums else [])):
+        y = value(node)
+        if y.dtype != x.dtype or not same_sizes(y.shape, x.shape):
+            details = (node, y.dtype, list(y.shape), match.x, x.dtype, list(x.shape))
+            return Miss("'{}' is {} {} and '{}' is {} {}; one dtype and shape is needed", node, 0, details)
+    if norm is not match.root and (readers := _readers(norm, match)):
+        return Miss("'{}' is also read by '{}' before it is rounded to {}", norm, 0, (norm, readers[0], x.dtype))
+    place = _place(match)
+    for name in ("weight", "bias"):
+        node = match.bindings.get(name)
+        if node is not None and not node < place:
+            return Miss("the {} '{}' is computed after '{}' reads the sum", node, 0, (name, node, place))
+    return None
+
+
+@pattern(_fits, shared=True, x=(6, 8), residual=(6, 8), weight=(8,), bias=(8,))
+def layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``LayerNorm(x + residual)``, or ``LayerNorm(x)``."""
+    return F.layer_norm(one_of(x + residual, x), [8], weight, bias, eps)
+
+
+@pattern(_fits, shared=True, x=(6, 8), residual=(6, 8), weight=(8,))
+def rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``RMSNorm(x + residual)``, or ``RMSNorm(x)``."""
+    return torch.rms_norm(one_of(x + residual, x), [8], weight, eps)
+
+
+def _write(gm: fx.GraphModule, quantize: fx.Node, match: Match) -> None:
+    total, normed, way = _total(match), match.root, _way(quantize)
+    for node in match.covered:  # sizes are asked of x, which has the same: they need no sum and no norm
+        for user in [u for u in node.users if u.target is aten.sym_size.int]:
+            user.replace_input_with(node, match.x)
+    readers = [] if total is None else _readers(total, match)
+    keep_sum = bool(readers)
+    keep_norm = any(user not in way for node in way[1:] for user in node.users)
+    centered, eps, symmetric = _norm(match).target is aten.layer_norm.default, match.eps, quantize.args[1]
+    flags = (eps, symmetric, keep_sum, keep_norm)
+
+    def fused(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        added = None if residual is None else residual.reshape(-1, x.shape[-1])
+        if centered:
+            *codes, kept_sum, kept_norm = layer_norm_quantize(flat, added, weight, bias, *flags)
+        else:
+            *codes, kept_sum, kept_norm = rms_norm_quantize(flat, added, weight, *flags)
+        kept = ((keep_sum, kept_sum), (keep_norm, kept_norm))
+        return codes + [rows.view(x.shape) for wanted, rows in kept if wanted]
+
+    operands = (match.x, match.residual, match.weight, match.bindings.get("bias"))
+    new = splice(gm, _place(match), fused, *operands, memo=("fuse_norms", centered, *flags))
+    if total is not None and keep_sum:
+        total.replace_all_uses_with(new[3], delete_user_cb=lambda user: user in readers)
+    if keep_norm:
+        normed.replace_all_uses_with(new[-1])
+    for user in list(quantize.users):
+        user.replace_all_uses_with(new[user.args[1]])
+        gm.graph.erase_node(user)
+    erase(gm, quantize)
+    if not normed._erased and not normed.users:
+        erase(gm, normed)
+
+
+def _way(quantize: fx.Node) -> list[fx.Node]:
+    """``quantize``, the views that it looks through, and the rows that they show."""
+    way = [quantize, quantize.args[0]]
+    while FAMILIES.get(way[-1].target) == "view":
+        way.append(way[-1].args[0])
+    return way
+
+
+def _norm(match: Match) -> fx.Node:
+    (norm,) = (n for n in match.covered if n.target in NORMS)
+    return norm
+
+
+def _total(match: Match) -> fx.Node | None:
+    """The residual add, if there is one."""
+    return next((n for n in match.covered if n.target is aten.add.Tensor), None)
+
+
+def _readers(node: fx.Node, match: Match) -> list[fx.Node]:
+    """Who reads ``node`` when the normalised rows come from elsewhere. Its size is no reason to compute it."""
+    asking = [user for user in node.users if user is not match.root and user.target is not aten.sym_size.int]
+    return [user for user in asking if user not in match.covered or _readers(user, match)]
+
+
+def _place(match: Match) -> fx.Node:
+    """The node that the fused op stands before: the norm, or whoever reads the sum before that."""
+    total = _total(match)
+    return min([_norm(match), *([] if total is None else _readers(total, match))])

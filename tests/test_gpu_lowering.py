@@ -1,0 +1,279 @@
+"""How a graph reaches the Triton kernels: what they mean (on a CPU), and which of them fake tensors on a GPU get."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import distance, ops, run
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from fxquant.backend.kernels import KERNELS
+from fxquant.backend.kernels.int8_triton import Int8TritonLinear
+from fxquant.backend.kernels.kernel import Kernel, Product, reference
+from fxquant.backend.kernels.weight_only_triton import WeightOnlyTritonLinear
+from fxquant.backend.lower import lower
+from fxquant.backend.triton import launch
+from fxquant.backend.triton.epilogue import ACTIVATIONS
+from fxquant.backend.triton.fuse import fuse_norms
+from fxquant.graph.capture import Parameter, trace
+from fxquant.graph.fold import fold
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.match import Miss
+from fxquant.graph.tidy import tidy
+from fxquant.numerics.affine import IntAffine
+from fxquant.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from fxquant.numerics.ranges import Given, MinMSE
+from fxquant.patterns.annotate import annotate, quantize
+from fxquant.patterns.canonical import canonicalize
+from fxquant.patterns.transforms import equalize
+from fxquant.recipe import Recipe, Spec
+
+INT8, WEIGHT_ONLY = Int8TritonLinear(), WeightOnlyTritonLinear()
+TOKENS = {s: Spec(IntAffine(8, symmetric=s), PerToken()) for s in (True, False)}
+CHANNELS = Spec(IntAffine(8), PerChannel(0))
+FLOATS, HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def everywhere() -> Iterator[None]:
+    """Kernels for GPUs claim sites on any device; there the ops run their plain PyTorch meaning."""
+    with patch.object(launch, "why_not", lambda where: ""):
+        yield
+
+
+# ---- what the kernels mean -------------------------------------------------------------------------------------------
+@st.composite
+def products(draw: st.DrawFn) -> tuple[Kernel, Product]:
+    """A product that one of the two kernels takes: any lead shape (none, empty), any strides, a bias or none, an epilogue."""
+    kernel = draw(st.sampled_from([INT8, WEIGHT_ONLY]))
+    symmetric = draw(st.booleans())
+    if kernel is INT8:
+        activation, weight_spec = TOKENS[symmetric], Spec(IntAffine(draw(st.integers(2, 8))), PerChannel(0))
+        k = draw(st.integers(1, 70))
+    elif draw(st.booleans()):
+        activation, weight_spec = None, Spec(IntAffine(8, symmetric=symmetric), PerChannel(0))
+        k = draw(st.integers(1, 300))
+    else:
+        activation, weight_spec = None, Spec(IntAffine(4, symmetric=symmetric), PerGroup(128))
+        k = 128 * draw(st.integers(1, 5))
+    dtype = draw(st.sampled_from(FLOATS if kernel is INT8 else HALVES))
+    n, lead = draw(st.integers(1, 70)), draw(st.lists(st.integers(0, 4), max_size=3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    x = torch.randn(*lead, k, generator=generator) * draw(st.sampled_from([0.1, 1.0, 20.0]))
+    x[..., 0] *= draw(st.sampled_from([1.0, 40.0]))
+    x, weight, bias = (t.to(dtype) for t in (x, torch.randn(n, k, generator=generator), torch.randn(n, generator=generator)))
+    if len(lead) > 1 and draw(st.booleans()):
+        x = x.transpose(0, 1)
+    epilogue = draw(st.sampled_from(["", *kernel.epilogues]))
+    return kernel, Product(x, weight, bias if draw(st.booleans()) else None, activation, weight_spec, epilogue)
+
+
+def computed(kernel: Kernel, p: Product) -> Tensor:
+    prepared = (p.x,) if p.activation is None else kernel.prologue(p.x, p.activation)
+    return kernel.product(prepared, kernel.pack(p.weight, p.weight_spec), p.bias, p)
+
+
+@given(case=products())
+def test_a_triton_kernel_is_the_product_of_fake_quantized_operands(case: tuple[Kernel, Product]) -> None:
+    kernel, p = case
+    with patch.object(launch, "why_not", lambda where: ""):
+        assert kernel.supports(p)
+    y = computed(kernel, p)
+    operands = (None if t is None else t.float() for t in (p.x, p.weight, p.bias))
+    linear = reference(*operands, p.activation, p.weight_spec)
+    expected = ACTIVATIONS[p.epilogue or "none"](linear)
+    xq, wq = p.x if p.activation is None else p.activation.fake_quantize(p.x), p.weight_spec.fake_quantize(p.weight)
+    size = xq.float().abs() @ wq.float().abs().t() + (0 if p.bias is None else p.bias.float().abs())
+    bound = size * (4 * torch.finfo(p.x.dtype).eps + p.x.shape[-1] * torch.finfo(torch.float32).eps) + 1e-30
+    slope = 1.2 if p.epilogue else 1.0  # of GELU and SiLU, at most 1.13
+    assert y.dtype == p.x.dtype
+    assert y.shape == expected.shape
+    assert bool(((y.float() - expected).abs() <= slope * bound).all())
+
+
+STATIC = Spec(IntAffine(8, symmetric=False), PerTensor(), Given(-1.0, 1.0))
+DECLINED = {
+    "the site is on cpu": (INT8, {}),
+    "8 bits per token are needed": (INT8, {"activation": Spec(IntAffine(7), PerToken())}),
+    "uint8 per tensor static, integers of 8 bits": (INT8, {"activation": STATIC}),
+    "the range of a token is MinMSE": (INT8, {"activation": Spec(IntAffine(8), PerToken(), MinMSE())}),
+    "symmetric integers per channel": (INT8, {"weight_spec": Spec(IntAffine(8, symmetric=False), PerChannel(0))}),
+    "dtype torch.float64": (INT8, {"x": torch.zeros(2, 128, dtype=torch.float64)}),
+    r"shape \[3, 65537\]": (INT8, {"weight": torch.zeros(3, 65537)}),
+    "activations are quantized": (WEIGHT_ONLY, {"activation": TOKENS[True]}),
+    "activations have dtype torch.float32": (WEIGHT_ONLY, {"x": torch.zeros(2, 128)}),
+    "weights are int4 per group of 64": (WEIGHT_ONLY, {"weight_spec": Spec(IntAffine(4), PerGroup(64))}),
+    "weights are int3 per channel": (WEIGHT_ONLY, {"weight_spec": Spec(IntAffine(3), PerChannel(0))}),
+}
+
+
+@pytest.mark.parametrize("sentence", DECLINED)
+def test_a_triton_kernel_says_why_it_declines(sentence: str) -> None:
+    kernel, changes = DECLINED[sentence]
+    x = torch.zeros(2, 128, dtype=torch.bfloat16)
+    given = {"x": x, "weight": x, "bias": None, "activation": TOKENS[True] if kernel is INT8 else None, "weight_spec": CHANNELS}
+    with patch.object(launch, "why_not", launch.why_not if not changes else lambda where: ""):
+        answer = kernel.supports(Product(**{**given, **changes}))
+    assert isinstance(answer, Miss)
+    assert re.search(sentence, answer.reason)
+
+
+@pytest.mark.parametrize("kernel", [INT8, WEIGHT_ONLY])
+def test_without_triton_a_site_on_a_gpu_is_declined(kernel: Kernel) -> None:
+    with patch.object(launch, "INSTALLED", False), FakeTensorMode():
+        x = torch.empty(2, 128, device="cuda")
+        answer = kernel.supports(Product(x, x, None, None, CHANNELS))
+    assert isinstance(answer, Miss) and "triton is not installed" in answer.reason
+
+
+# ---- which kernels a graph gets --------------------------------------------------------------------------------------
+D, H = 128, 256  # of the stream and of the MLP
+
+
+def pre_ln(x, G, B, WQ, WO, BO, G2, B2, WU, BU, WD):
+    y = F.layer_norm(x, (D,), G, B)
+    h = x + F.linear(F.linear(y, WQ), WO, BO)
+    return h + F.linear(F.gelu(F.linear(F.layer_norm(h, (D,), G2, B2), WU, BU)), WD)
+
+
+def post_ln(x, WO, BO, G, B, WU, BU, WD, G2, B2):
+    h = F.layer_norm(F.linear(x, WO, BO) + x, (D,), G, B, 1e-12)
+    return F.layer_norm(F.linear(F.gelu(F.linear(h, WU, BU), approximate="tanh"), WD) + h, (D,), G2, B2, 1e-12)
+
+
+def rms(x, G):
+    """As decoders spell it: in float32 inside, the gain outside."""
+    h = x.float()
+    return G * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def pre_rms(x, G, WO, G2, WG, WU, WD):
+    h = x + F.linear(rms(x, G), WO)
+    y = rms(h, G2)
+    return h + F.linear(F.silu(F.linear(y, WG)) * F.linear(y, WU), WD)
+
+
+Block = Callable[..., Tensor]
+GEMM = torch.ops.fxquant.int8_gemm.default
+SHAPES = {
+    **dict.fromkeys(("G", "B", "G2", "B2", "BO"), (D,)), "BU": (H,),
+    **dict.fromkeys(("WQ", "WO"), (D, D)), **dict.fromkeys(("WG", "WU"), (H, D)), "WD": (D, H),
+}  # fmt: skip
+BLOCKS = {"pre-LN": pre_ln, "post-LN": post_ln, "pre-RMS": pre_rms}
+blocks = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+
+
+@lru_cache
+def stage(fn: Block, device: str, dtype: torch.dtype, recipe: str, dynamic: bool) -> fx.GraphModule:
+    """``fn`` on x [2, 5, D] (``dynamic``: 2 and 5 are hints of symbols) and parameters, all fake, up to the quantized stage."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    example = torch.empty(2, 5, D)
+    sizes = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    shape = mode.from_tensor(example, source=ConstantSource("x"), symbolic_context=sizes).shape if dynamic else example.shape
+    names = list(inspect.signature(fn).parameters)
+    with mode:
+        values = [torch.empty(SHAPES.get(name, shape), device=device, dtype=dtype) for name in names]
+    gm = trace(fn, values, mode)
+    for name, node in zip(names, gm.graph.find_nodes(op="placeholder"), strict=True):
+        if name in SHAPES:
+            node.meta["parameter"] = Parameter(name, "parameter")
+    settings, fuel = Recipe.preset(recipe), Fuel()
+    gm = canonicalize(tidy(gm), fuel)
+    equalize(gm, settings.transforms, fuel)
+    return quantize(gm, annotate(gm, settings, fuel))
+
+
+def quantized(
+    fn: Block, device: str, dtype: torch.dtype = torch.float32, recipe: str = "W8A8", *, dynamic: bool = True
+) -> fx.GraphModule:
+    """A copy of ``stage`` to be lowered."""
+    made, graph = stage(fn, device, dtype, recipe, dynamic), fx.Graph()
+    graph.output(graph.graph_copy(made.graph, {}))
+    gm = fx.GraphModule(made, graph)
+    gm.meta["fake_mode"] = made.meta["fake_mode"]
+    return gm
+
+
+def lowered(gm: fx.GraphModule) -> tuple[dict[str, str], list[str]]:
+    """Lower and fuse in place: which kernel took each parameter, and why rows were not fused with a norm."""
+    fuel = Fuel()
+    outcome = lower(gm, KERNELS, fuel)
+    misses = fuse_norms(gm, fuel)
+    gm.graph.lint()
+    return {site.split(":")[1]: o.kernel for site, o in outcome.items()}, [miss.reason for miss in misses]
+
+
+def data(gm: fx.GraphModule, shape: Sequence[int] = (2, 5, D)) -> list[Tensor]:
+    """Values for the placeholders of ``gm``; every input has ``shape``, gains are about 1."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        fake, parameter = node.meta["val"], node.meta.get("parameter")
+        drawn = torch.randn(fake.shape if parameter else shape, generator=generator)
+        if parameter:
+            drawn = drawn / 11 if drawn.dim() == 2 else 1 + drawn / 4
+        found.append(drawn.to(fake.dtype))
+    return found
+
+
+NORMS = {pre_ln: "layer_norm_quantize", post_ln: "layer_norm_quantize", pre_rms: "rms_norm_quantize"}
+COUNTS = {pre_ln: (2, 4), post_ln: (1, 3), pre_rms: (2, 4)}  # norms that a linear reads, linears
+
+
+@blocks
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_block_on_a_gpu_is_all_triton_with_its_norms_fused(block: Block, dtype: torch.dtype, dynamic: bool) -> None:
+    gm = quantized(block, "cuda", dtype, dynamic=dynamic)
+    kernels, _ = lowered(gm)
+    found, (norms, linears) = ops(gm), COUNTS[block]
+    assert set(kernels.values()) == {INT8.name}
+    assert len(kernels) == linears == found["int8_gemm"]
+    assert found[NORMS[block]] == norms
+    assert not {"linear", "gelu", "silu", "fake_quantize", "rms_norm"} & set(found)
+    assert all(node.meta["val"].dtype is dtype for node in gm.graph.find_nodes(op="call_function", target=GEMM))
+    runtime = fold(gm).runtime
+    assert not {"amin", "amax", "round"} & set(ops(runtime))  # weights are packed once
+
+
+@pytest.mark.parametrize(("block", "recipe"), [(pre_rms, "W4A16"), (post_ln, "W8A16")])
+def test_weights_alone_are_quantized_for_triton_too(block: Block, recipe: str) -> None:
+    gm = quantized(block, "cuda", torch.bfloat16, recipe)
+    kernels, _ = lowered(gm)
+    assert set(kernels.values()) == {WEIGHT_ONLY.name}
+    assert ops(gm)[f"{recipe.lower()}_gemm"] == COUNTS[block][1]
+    assert not {"linear", "gelu", "silu"} & set(ops(gm))
+
+
+# ---- and that it computes the same -----------------------------------------------------------------------------------
+CASES = [(block, "W8A8", dtype) for block in BLOCKS.values() for dtype in (torch.float32, torch.bfloat16)]
+CASES += [(pre_rms, "W4A16", torch.bfloat16), (post_ln, "W8A16", torch.float16)]
+
+
+@pytest.mark.parametrize(("block", "recipe", "dtype"), CASES)
+def test_the_lowered_block_is_the_quantized_one(block: Block, recipe: str, dtype: torch.dtype, everywhere: None) -> None:
+    plain, ours = (quantized(block, "cpu", dtype, recipe) for _ in range(2))
+    lowered(ours)
+    assert not {"linear", "fake_quantize"} & set(ops(ours))
+    for shape in ((2, 5, D), (3, 7, D)):
+        values = data(plain, shape)
+        print("DIST", block.__name__, recipe, dtype, distance(run(plain, values), run(ours, values)))
+
+
+@blocks
+def test_fusing_changes_no_bit(block: Block, everywhere: None) -> None:
+    apart, fused = (quantized(block, "cpu") for _ in range(2))
+    lower(apart, KERNELS, Fuel())
+    lowered(fused)
+    values = data(fused)
+    assert ops(fused) != ops(apart)
+    assert torch.equal(*run(apart, values), *run(fused, values))
