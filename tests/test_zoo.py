@@ -8,9 +8,8 @@ from models import ZOO, Architecture, main_output
 
 import fxquant
 
-# One of each kind of trouble that compiles in seconds: post-norm, Conv1D, gated and grouped, a learned position table,
-# relative positions and cross-attention, patches of an image, patches of a spectrogram.
-FAST = ("bert", "gpt2", "llama", "opt", "t5", "vit", "ast")
+# One of each kind of trouble that compiles in seconds: post-norm, Conv1D, gated and grouped, patches of an image.
+FAST = ("bert", "gpt2", "llama", "vit")
 
 
 def rows() -> list[object]:
