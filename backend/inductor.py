@@ -12,7 +12,8 @@ from fxquant.graph.tidy import value
 def compile_runtime(gm: fx.GraphModule, patches: dict[str, Any] | Literal[False]) -> Callable[..., Sequence[Any]]:
     """Compile the runtime graph for inference; takes its placeholders' values, returns the tuple of its outputs.
 
-    ``patches`` are Inductor's config; False runs the graph as it is, which tells a fault of ours from one of Inductor's. The placeholders' own fake values are handed over: their symbolic sizes are Dynamo's, so Inductor's guards are the same.
+    ``patches`` are Inductor's config; False runs the graph as it is, which tells a fault of ours from one of Inductor's. The
+    placeholders' own fake values are handed over: their symbolic sizes are Dynamo's, so Inductor's guards are the same.
     """
     if patches is False:
         return gm
@@ -20,4 +21,6 @@ def compile_runtime(gm: fx.GraphModule, patches: dict[str, Any] | Literal[False]
 
     inputs = [value(node) for node in gm.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
-        return compile_fx(gm, inputs, config_patches=patches or None)
+        compiled = compile_fx(gm, inputs, config_patches=patches or None)
+    assert callable(compiled)  # the file names that its type allows for are AOTInductor's
+    return compiled

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,7 +12,7 @@ from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
 from fxquant.graph.ops import fake_quantize, read_spec
 from fxquant.graph.rewrite import replace, splice
-from fxquant.graph.tidy import tidy, value
+from fxquant.graph.tidy import operand, tidy, value
 from fxquant.patterns.annotate import SITE
 from fxquant.recipe import Spec
 
@@ -48,7 +49,7 @@ def lower(gm: fx.GraphModule, kernels: Sequence[Kernel], fuel: Fuel) -> dict[str
     for node in gm.graph.nodes:
         if (site := node.meta.get(SITE)) is not None and site not in outcome:
             outcome[site] = Lowered("simulated (float product of rounded operands)", ("only linears have kernels",))
-    for node in list(gm.graph.find_nodes(op="call_function", target=fake_quantize)):
+    for node in [n for n in gm.graph.find_nodes(op="call_function", target=fake_quantize) if n.users]:
         replace(gm, node, lambda x, spec: read_spec(spec).fake_quantize(x), *node.args, memo="fake_quantize")
     tidy(gm)
     return outcome
@@ -70,20 +71,17 @@ def _operands(node: fx.Node) -> _Operands | None:
     site = node.meta.get(SITE)
     if site is None:
         return None
-    x, x_spec = _unquantized(node.args[0])
-    weight, weight_spec = _unquantized(node.args[1])
-    if x_spec is None and weight_spec is None:
+    x, activation = _unquantized(operand(node, 0))
+    weight, weight_spec = _unquantized(operand(node, 1))
+    if activation is None and weight_spec is None:
         return None
-    bias = node.args[2] if len(node.args) > 2 else None
-    specs = [None if s is None else read_spec(s) for s in (x_spec, weight_spec)]
-    return _Operands(site, x, weight, bias, Product(value(x), value(weight), value(bias), *specs))
+    bias = operand(node, 2) if len(node.args) > 2 and node.args[2] is not None else None
+    return _Operands(site, x, weight, bias, Product(value(x), value(weight), value(bias), activation, weight_spec))
 
 
-def _unquantized(node: fx.Node) -> tuple[fx.Node, str | None]:
-    if node.target is fake_quantize:
-        x, spec = node.args
-        return x, spec
-    return node, None
+def _unquantized(node: fx.Node) -> tuple[fx.Node, Spec | None]:
+    """What was rounded to form ``node``, and how; ``node`` itself if it is no rounding."""
+    return (operand(node, 0), read_spec(str(node.args[1]))) if node.target is fake_quantize else (node, None)
 
 
 def _choose(kernels: Sequence[Kernel], product: Product) -> tuple[Kernel, tuple[str, ...]]:
@@ -101,12 +99,12 @@ Prepared = dict[tuple[str, fx.Node, Spec], tuple[fx.Node, ...]]
 
 
 def _write(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: Prepared) -> None:
-    p, packed = o.product, (o.weight,)
-    if p.weight_spec is not None:
-        packed = splice(gm, node, lambda w: kernel.pack(w, p.weight_spec), o.weight, memo=(kernel.name, "pack", p.weight_spec))
+    packed, spec = (o.weight,), o.product.weight_spec
+    if spec is not None:
+        packed = splice(gm, node, lambda w: kernel.pack(w, spec), o.weight, memo=(kernel.name, "pack", spec))
     x = _prologue(gm, node, kernel, o, prepared)
     last, epilogue = _epilogue(node, kernel)
-    p = dataclasses.replace(p, epilogue=epilogue)
+    p = dataclasses.replace(o.product, epilogue=epilogue)
     memo = (kernel.name, "product", p.activation, p.weight_spec, epilogue, str(p.weight.shape), p.x.dtype)
     replace(gm, last, lambda x, w, b: kernel.product(x, w, b, p), x, packed, o.bias, memo=memo)
 
@@ -133,7 +131,7 @@ def _epilogue(node: fx.Node, kernel: Kernel) -> tuple[fx.Node, str]:
 
 
 # Functions of one value that a kernel may apply to its result, by op and ``approximate``.
-EPILOGUES = {
+EPILOGUES: dict[tuple[Any, Any], str] = {
     (aten.gelu.default, "none"): "gelu",
     (aten.gelu.default, "tanh"): "gelu_tanh",
     (aten.silu.default, "none"): "silu",

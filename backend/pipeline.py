@@ -56,7 +56,9 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
 class CompiledGraph:
     """What Dynamo calls: checks the folded weights, runs the runtime graph, and answers a gradient with an error."""
 
-    def __init__(self, run: Callable[..., Sequence[Any]], weights: FoldedWeights, kept: Sequence[int], artifact: Artifact) -> None:
+    def __init__(
+        self, run: Callable[..., Sequence[Any]], weights: FoldedWeights, kept: Sequence[int], artifact: Artifact
+    ) -> None:
         self._run = run
         self._weights = weights
         self._kept = tuple(kept)
@@ -67,9 +69,10 @@ class CompiledGraph:
         wants_gradients = torch.is_grad_enabled()
         with torch.no_grad():
             out = self._run(*[args[i] for i in self._kept], *folded)
-        if wants_gradients and (anchor := next((a for a in args if isinstance(a, Tensor) and a.requires_grad), None)) is not None:
-            return _InferenceOnly.guard(anchor, out)
-        return out
+        if not wants_gradients:
+            return out
+        anchor = next((a for a in args if isinstance(a, Tensor) and a.requires_grad), None)
+        return out if anchor is None else _InferenceOnly.guard(anchor, out)
 
 
 class _InferenceOnly(torch.autograd.Function):

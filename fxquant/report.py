@@ -3,7 +3,7 @@
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +83,7 @@ class GraphSite:
     """A site of one compiled graph, before it is known whose parameters it reads.
 
     ``argument`` is the position of the parameter among the graph's arguments, ``path`` its name below what was compiled;
-    ``noise`` maps the graph's arguments to the weight's SQNR in dB.
+    ``noise`` maps the graph's arguments, by position and no more than the unit reads, to the weight's SQNR in dB.
     """
 
     path: str
@@ -94,7 +94,7 @@ class GraphSite:
     spec: str = ""
     kernel: str = ""
     reason: str = ""
-    noise: Callable[[Sequence[Any]], float] | None = None
+    noise: Callable[[Mapping[int, Tensor]], float] | None = None
 
 
 @dataclass(eq=False)
@@ -167,29 +167,18 @@ def explain(model: nn.Module) -> Report:
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    clean = lambda name: name.replace("_orig_mod.", "")  # noqa: E731
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in named:
-        first.setdefault(id(tensor), (clean(name), tensor))
+        first.setdefault(id(tensor), (name.replace("_orig_mod.", ""), tensor))
     return list(first.values())
 
 
 def _site_report(site: GraphSite, name: str, args: dict[int, Tensor]) -> SiteReport:
     done = not site.reason
-    sqnr = site.noise(_Sparse(args)) if done and site.noise else None
+    sqnr = site.noise(args) if done and site.noise else None
     status = "quantized" if done else "skipped"
     return SiteReport(name, site.op, site.spec, site.kernel, status, site.reason, site.elements, site.counted, sqnr)
-
-
-class _Sparse:
-    """Arguments of a graph of which only the watched ones are known."""
-
-    def __init__(self, args: dict[int, Tensor]) -> None:
-        self._args = args
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self._args[i]
 
 
 def sqnr(signal: Tensor, approximation: Tensor) -> float:

@@ -1,8 +1,7 @@
-"""Say which edges of a graph are quantized and how: every product with a parameter becomes a Site, quantized or with a reason."""
+"""Say which edges of a graph are quantized and how: every product with a parameter is a Site, quantized or with a reason."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +11,7 @@ from fxquant.graph.fold import cone_of, unit_of
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.ops import fake_quantize
 from fxquant.graph.rewrite import WRITTEN, splice
-from fxquant.graph.tidy import value
+from fxquant.graph.tidy import operand, value
 from fxquant.graph.weights import parameter_only
 from fxquant.numerics.granularity import PerChannel, PerToken
 from fxquant.numerics.ranges import Given
@@ -29,8 +28,8 @@ SITE = "fxquant_site"  # the key of the site that a node computes, in its meta
 class Site:
     """One product (or listed look-up) of a graph that reads a parameter.
 
-    ``path`` is the parameter's name, ``argument`` its position among the graph's arguments, ``arguments`` all the positions that
-    its weight expression reads; ``reason`` says why it stays in floating point (empty: it is quantized).
+    ``path`` is the parameter's name, ``argument`` its position among the graph's arguments, ``arguments`` all the positions
+    that its weight expression reads; ``reason`` says why it stays in floating point (empty: it is quantized).
     """
 
     key: str
@@ -43,7 +42,7 @@ class Site:
     activation: Spec | None = None
     weight: Spec | None = None
     reason: str = ""
-    noise: Callable[[Sequence[Any]], float] | None = None
+    noise: Callable[[Mapping[int, Tensor]], float] | None = None
 
     @property
     def spelled(self) -> str:
@@ -58,12 +57,12 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel) -> list[Site]:
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     folded = parameter_only(gm)
     for number, (node, weight, kind) in enumerate([*parameter_products(gm), *_look_ups(gm, folded)]):
-        reads = [n for n in cone_of(weight) if n in inputs and Parameter.of(n) is not None]
+        reads = {n: p for n in cone_of(weight) if n in inputs and (p := Parameter.of(n)) is not None}
         if not reads or node in folded:
             continue  # a product of constants, or one that is done once per parameter version
         root = max(reads, key=lambda n: value(n).numel())
-        path = Parameter.of(root).path
-        site = Site(f"{number}:{path}", path, kind, inputs[root], tuple(sorted(inputs[n] for n in reads)), value(weight).numel(), _counted(kind))
+        path, arguments = reads[root].path, tuple(sorted(inputs[n] for n in reads))
+        site = Site(f"{number}:{path}", path, kind, inputs[root], arguments, value(weight).numel(), _counted(kind))
         site = _decide(site, node, weight, recipe)
         if not site.reason and not fuel.take(f"quantize {path}"):
             site = replace(site, reason="out of fuel")
@@ -88,14 +87,17 @@ def quantize(gm: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
                 rounded[x, site.activation] = _round(gm, node, x, site.activation)
             node.update_arg(0, rounded[x, site.activation])
         if site.weight is not None:
-            node.update_arg(1, _round_weight(gm, node, weight, site))
+            node.update_arg(1, _round_weight(gm, node, weight, site.op, site.weight))
     gm.recompile()
     return gm
 
 
 def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
     """The Specs of a site, or the reason why it has none."""
-    refuse = lambda reason: replace(site, reason=reason)  # noqa: E731
+
+    def refuse(reason: str) -> Site:
+        return replace(site, reason=reason)
+
     if rule := recipe.ignores(site.path):
         return refuse(f"ignored by {rule!r}")
     if site.op == "embedding":
@@ -134,8 +136,9 @@ def _counted(kind: str) -> bool:
 
 def _look_ups(gm: fx.GraphModule, tables: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, str]]:
     for node in gm.graph.find_nodes(op="call_function", target=aten.embedding.default):
-        if node.args[0] in tables:
-            yield node, node.args[0], "embedding"
+        table = operand(node, 0)
+        if table in tables:
+            yield node, table, "embedding"
 
 
 def _round(gm: fx.GraphModule, before: fx.Node, x: fx.Node, spec: Spec) -> fx.Node:
@@ -146,28 +149,29 @@ def _round(gm: fx.GraphModule, before: fx.Node, x: fx.Node, spec: Spec) -> fx.No
     return node
 
 
-def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, site: Site) -> fx.Node:
-    """A weight [N, K] is rounded along K; of a stack [..., K, N] the transpose is."""
-    if site.op == "linear":
-        return _round(gm, before, weight, site.weight)
-    turn = lambda w: w.transpose(-2, -1)  # noqa: E731
-    return _turned(gm, before, _round(gm, before, _turned(gm, before, weight, turn), site.weight), turn)
+def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, op: str, spec: Spec) -> fx.Node:
+    """A weight [N, K] of a linear is rounded along K; of a stack [..., K, N] the transpose is."""
+    if op == "linear":
+        return _round(gm, before, weight, spec)
+    turned: fx.Node = splice(gm, before, _transpose, weight)
+    rounded: fx.Node = splice(gm, before, _transpose, _round(gm, before, turned, spec))
+    return rounded
 
 
-def _turned(gm: fx.GraphModule, before: fx.Node, x: fx.Node, turn: Callable[[Tensor], Tensor]) -> fx.Node:
-    return splice(gm, before, turn, x)
+def _transpose(w: Tensor) -> Tensor:
+    return w.transpose(-2, -1)
 
 
-def _noise(gm: fx.GraphModule, weight: fx.Node, site: Site) -> Callable[[Sequence[Any]], float] | None:
+def _noise(gm: fx.GraphModule, weight: fx.Node, site: Site) -> Callable[[Mapping[int, Tensor]], float] | None:
     """The weight's SQNR as a function of the graph's arguments, evaluated when a report is asked for."""
     spec = site.weight
     if spec is None:
         return None
     unit = unit_of(gm, weight)
 
-    def noise(args: Sequence[Any]) -> float:
+    def noise(args: Mapping[int, Tensor]) -> float:
         (w,) = unit().fold([args[i] for i in unit().inputs])
-        w = w if site.op == "linear" else w.transpose(-2, -1)
+        w = w if site.op == "linear" else _transpose(w)
         return sqnr(w, spec.fake_quantize(w))
 
     return noise

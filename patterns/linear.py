@@ -1,7 +1,6 @@
 """Products of an activation with a parameter: ``x W^T + b`` in all its spellings, and every other matrix product of weights."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
@@ -204,16 +203,12 @@ def _without_ellipsis(equation: str, operands: Any) -> str:
     return equation.replace("...", "".join(free[: max(counts)])) if counts and len(set(counts)) == 1 else equation
 
 
-@dataclass(frozen=True)
-class ParameterProduct:
+class ParameterProduct(NamedTuple):
     """A matrix product with a weight: the node, the operand that depends on parameters only, the kind of op."""
 
     node: fx.Node
     weight: fx.Node
     kind: str
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.node, self.weight, self.kind))
 
 
 # The operands that may be a weight, by op, and the fewest axes it has.

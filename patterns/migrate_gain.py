@@ -53,6 +53,7 @@ def migrate_gain(gm: fx.GraphModule, fuel: Fuel, *, tau: float = 1e-2, bias: boo
         assert isinstance(applied, Applied)  # the region was found
         norm.meta["migrated"] = Migrated(where)
         notes.append(applied.note(NAME, where))
+    gm.recompile()
     return notes
 
 

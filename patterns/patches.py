@@ -18,7 +18,10 @@ CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.defa
 
 @dataclass(frozen=True)
 class Patches:
-    """A convolution over patches: ``x`` [B, C, n1 p1, ...], ``weight`` [N, C, p1, ...], ``bias`` [N] or None, ``window`` (p1, ...)."""
+    """A convolution over patches.
+
+    ``x`` [B, C, n1 p1, ...], ``weight`` [N, C, p1, ...], ``bias`` [N] or None, ``window`` (p1, ...).
+    """
 
     x: fx.Node
     weight: fx.Node
@@ -57,6 +60,10 @@ def _arguments(node: fx.Node, axes: int) -> tuple[Any, ...]:
     default: list[Any] = [None, None, None, [1] * axes, [0] * axes, [1] * axes, 1]
     if isinstance(node.target, torch._ops.OpOverload) and node.target._overloadname == "padding":
         default[4] = "valid"
-    x, weight, bias, stride, padding, dilation, groups = [*node.args, *default[len(node.args) :]]
-    each = lambda v: v if isinstance(v, str) else tuple(v) * (axes if len(v) == 1 else 1)  # noqa: E731
+    given: list[Any] = [*node.args, *default[len(node.args) :]]
+    x, weight, bias, stride, padding, dilation, groups = given
+
+    def each(sizes: Any) -> Any:
+        return sizes if isinstance(sizes, str) else tuple(sizes) * (axes if len(sizes) == 1 else 1)
+
     return x, weight, bias, each(stride), each(padding), each(dilation), groups

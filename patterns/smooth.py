@@ -68,6 +68,7 @@ def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], 
         statistic = statistics[where].to(linear.meta["val"].device, linear.meta["val"].dtype)
         measured = channels_of(gm, own, region, constant(gm, statistic, "statistic"))
         notes.append(_apply(gm, region, [measured], None, alpha, "smooth", where))
+    gm.recompile()
     return notes
 
 
@@ -88,6 +89,7 @@ def balance(gm: fx.GraphModule, fuel: Fuel, *, alpha: float = 0.5, reach: float 
         given = [n for n in (norm.args[2], bias_of(norm)) if n is not None]
         notes.append(_apply(gm, region, given, reach, alpha, "balance", where))
         norm.meta["balanced"] = alpha
+    gm.recompile()
     return notes
 
 

@@ -118,7 +118,7 @@ def test_what_was_not_done_is_one_warning_that_says_what() -> None:
 def test_options_are_read_early_and_refused_by_name() -> None:
     with pytest.raises(fxquant.RecipeError, match="option 'recipi' is not known; did you mean 'recipe'"):
         Settings.read(None, {"recipi": "W8A8"})
-    with pytest.raises(fxquant.RecipeError, match="no recipe 'W8A9'.*did you mean 'W8A8'"):
+    with pytest.raises(fxquant.RecipeError, match=r"no recipe 'W8A9'.*did you mean 'W8A8'"):
         Settings.read(None, {"recipe": "W8A9"})
     with pytest.raises(fxquant.RecipeError, match="option 'recipe' is a int"):
         Settings.read(None, {"recipe": 8})

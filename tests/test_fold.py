@@ -119,7 +119,15 @@ def write_behind_the_counter(model: Stack) -> None:
 @BOTH
 @pytest.mark.parametrize(
     "change",
-    [write_in_place, change_a_gain, load_a_checkpoint, replace_the_data, step_an_optimizer, replace_the_parameter, write_behind_the_counter],
+    [
+        write_in_place,
+        change_a_gain,
+        load_a_checkpoint,
+        replace_the_data,
+        step_an_optimizer,
+        replace_the_parameter,
+        write_behind_the_counter,
+    ],
 )
 def test_a_change_of_weights_is_seen_by_the_next_call(build: object, change: object) -> None:
     model = build()

@@ -1,4 +1,4 @@
-"""``generate`` on a compiled model: the tokens of the same quantized weights run op by op, and no more recompiles than others."""
+"""``generate`` on a compiled model: the tokens of the same quantized weights run op by op, and no more graphs than others."""
 
 import pytest
 import torch
@@ -10,7 +10,10 @@ from fxquant.backend.kernels import KERNELS, SimulatedLinear
 
 
 def gpt2() -> torch.nn.Module:
-    return T.GPT2LMHeadModel(T.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=96))
+    config = T.GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=96,
+    )  # fmt: skip
+    return T.GPT2LMHeadModel(config)
 
 
 def llama() -> torch.nn.Module:
@@ -33,7 +36,9 @@ MODELS = pytest.mark.parametrize("build", [gpt2, llama, opt])
 CACHES = pytest.mark.parametrize("cache", ["dynamic", "static"])
 
 
-def tokens(build: object, backend: object, options: dict[str, object] | None, cache: str, lengths: tuple[int, ...] = (5,)) -> list[list[int]]:
+def tokens(
+    build: object, backend: object, options: dict[str, object] | None, cache: str, lengths: tuple[int, ...] = (5,)
+) -> list[list[int]]:
     """Greedy continuations of prompts of these lengths, by a model seeded alike each time."""
     torch._dynamo.reset()
     torch.manual_seed(3)
@@ -51,7 +56,9 @@ def tokens(build: object, backend: object, options: dict[str, object] | None, ca
 
 
 @pytest.mark.parametrize(("build", "cache"), [(gpt2, "dynamic"), (llama, "static")])
-def test_tokens_are_those_of_the_same_quantized_weights_run_op_by_op(build: object, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_those_of_the_same_quantized_weights_run_op_by_op(
+    build: object, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lowered = tokens(build, "outlierq", {"inductor": False}, cache)
     monkeypatch.setattr(pipeline, "KERNELS", (SimulatedLinear(),))
     assert lowered == tokens(build, "outlierq", {"inductor": False}, cache)
@@ -61,7 +68,9 @@ def test_tokens_are_those_of_the_same_quantized_weights_run_op_by_op(build: obje
 @pytest.mark.slow
 @MODELS
 @CACHES
-def test_tokens_under_inductor_are_those_of_the_same_quantized_weights(build: object, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_under_inductor_are_those_of_the_same_quantized_weights(
+    build: object, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled = tokens(build, "outlierq", None, cache)
     monkeypatch.setattr(pipeline, "KERNELS", (SimulatedLinear(),))
     assert compiled == tokens(build, "outlierq", {"inductor": False}, cache)
@@ -72,7 +81,11 @@ def graphs(build: object, backend: str, options: dict[str, object] | None, cache
     if options:
         inner = torch._dynamo.lookup_backend(backend)
         counter.backend = backend
-        call = lambda gm, inputs: (setattr(counter, "frame_count", counter.frame_count + 1), inner(gm, inputs, options=options))[1]  # noqa: E731
+
+        def call(gm: torch.fx.GraphModule, inputs: object) -> object:
+            counter.frame_count += 1
+            return inner(gm, inputs, options=options)
+
         tokens(build, call, None, cache, lengths=(5, 9, 3))
         return counter.frame_count
     tokens(build, counter, None, cache, lengths=(5, 9, 3))

@@ -20,7 +20,8 @@ from fxquant.numerics.ranges import Given
 from fxquant.recipe import Spec
 
 needs_library = pytest.mark.skipif(
-    bool(build.why_not()) or not torch.cpu._is_vnni_supported(), reason=f"no C++ kernels here: {build.why_not() or 'no AVX512-VNNI'}"
+    bool(build.why_not()) or not torch.cpu._is_vnni_supported(),
+    reason=f"no C++ kernels here: {build.why_not() or 'no AVX512-VNNI'}",
 )
 
 ACTIVATIONS = st.one_of(
@@ -41,7 +42,7 @@ def products(draw: st.DrawFn) -> tuple[Product, Tensor, Tensor, Tensor | None]:
     weight_spec = draw(WEIGHTS)
     n, k = draw(st.integers(1, 70)), draw(st.integers(1, 17))
     k = 4 * k if isinstance(weight_spec.granularity, PerGroup) else k
-    lead = draw(st.lists(st.integers(0, 3), max_size=2)) + [draw(st.integers(0, 9))]
+    lead = [*draw(st.lists(st.integers(0, 3), max_size=2)), draw(st.integers(0, 9))]
     seed = draw(st.integers(0, 2**16))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*lead, k, generator=generator) * draw(st.sampled_from([0.1, 1.0, 20.0]))
@@ -68,12 +69,15 @@ def bound(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: type(k).__name__)
 @given(case=products())
-def test_a_kernel_is_the_product_of_fake_quantized_operands(kernel: Kernel, case: tuple[Product, Tensor, Tensor, Tensor | None]) -> None:
+def test_a_kernel_is_the_product_of_fake_quantized_operands(
+    kernel: Kernel, case: tuple[Product, Tensor, Tensor, Tensor | None]
+) -> None:
     product, x, weight, bias = case
     if not kernel.supports(product):
         return
     y = run(kernel, product, x, weight, bias)
-    expected = reference(x.float(), weight.float(), None if bias is None else bias.float(), product.activation, product.weight_spec)
+    wide = [None if t is None else t.float() for t in (x, weight, bias)]
+    expected = reference(*wide, product.activation, product.weight_spec)
     assert y.dtype == x.dtype
     assert y.shape == expected.shape
     assert bool(((y.float() - expected).abs() <= bound(product, x, weight, bias)).all())
@@ -136,7 +140,8 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     for number in (1, 2):
         torch.set_num_threads(number)
         prepared = ops.quantize_rows(x, 8, False)
-        panels, scale, sums = ops.pack_panels(weight), torch.rand(200, generator=torch.Generator().manual_seed(0)), weight.sum(1, dtype=torch.int32)
+        panels, sums = ops.pack_panels(weight), weight.sum(1, dtype=torch.int32)
+        scale = torch.rand(200, generator=torch.Generator().manual_seed(0))
         results.append(ops.linear(*prepared, panels, scale, sums, None, 200, "gelu", torch.float32))
     torch.set_num_threads(threads)
     assert torch.equal(*results)

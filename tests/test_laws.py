@@ -75,7 +75,7 @@ def test_fuel_of_n_applies_exactly_n(transform, graph, n):
     assert relative_error(before, graph.run()) < TOLERANCE
 
 
-@given(transformers, st.integers(0, 99), st.sampled_from([0.0, 0.3, 0.5, 0.85, 1.0]))
+@given(transformers, st.integers(0, 99), st.sampled_from([0.3, 0.5, 1.0]))
 def test_smoothing_again_with_measured_statistics_changes_nothing(transformer, seed, alpha):
     """(X W)^(a (1 - a)) cancels: the second scale is one for every alpha."""
     graph = transformer.graph(seed=seed, gain="negative")

@@ -1,7 +1,7 @@
 """Compile the C++ kernels of this folder at first use, and keep the result in the user's cache.
 
-At first use rather than at install: the wheel stays one pure-Python file for every platform, an sdist needs no compiler, and the
-compiler sees the machine it compiles for. It takes seconds, once per machine. Without a compiler the kernels that are
+At first use rather than at install: the wheel stays one pure-Python file for every platform, an sdist needs no compiler, and
+the compiler sees the machine it compiles for. It takes seconds, once per machine. Without a compiler the kernels that are
 written in PyTorch run instead, and ``explain`` says why. Safe for parallel processes: a library appears by an atomic rename.
 """
 
@@ -14,7 +14,9 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("int8.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = ("int8.cpp", "attention.cpp")
+HEADERS = ("simd.h",)
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 
@@ -30,8 +32,9 @@ def library() -> ctypes.CDLL:
     if not compiler:
         raise CannotBuild("there is no C++ compiler: install g++, or set CXX")
     command = [*compiler.split(), *FLAGS, *AVX512_VNNI]
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join([*command, _version(compiler)]).encode()).hexdigest()[:24]
-    path = cache_folder() / f"int8-{name}.so"
+    text = b"".join((FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS))
+    name = hashlib.sha256(text + " ".join([*command, _version(compiler)]).encode()).hexdigest()[:24]
+    path = cache_folder() / f"cpu-{name}.so"
     if not path.exists():
         _compile(command, path)
     return ctypes.CDLL(str(path))
@@ -57,9 +60,11 @@ def cache_folder() -> Path:
 def _compile(command: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder, "kernels.so")
+        compiled, built = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+        objects = [f"{folder}/{name}.o" for name in SOURCES]
+        compile = [[*command, "-c", str(FOLDER / name), "-o", out] for name, out in zip(SOURCES, objects, strict=True)]
         # Compiled with OpenMP and linked without it: its symbols are those of the runtime that PyTorch has loaded.
-        steps = ([*command, "-c", str(SOURCE), "-o", f"{folder}/kernels.o"], [command[0], "-shared", f"{folder}/kernels.o", "-o", str(built)])
+        steps = [*compile, [command[0], "-shared", *objects, "-o", str(built)]]
         for step in steps:
             done = subprocess.run(step, capture_output=True, text=True)
             if done.returncode:

@@ -24,6 +24,11 @@ _library.define(
 )
 
 
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor",
+)
+
+
 def pack_panels(codes: Tensor) -> Tensor:
     """Weight codes int8 [N, K] as panels [ceil(N/64), ceil(K/4), 64, 4], zeros where there is nothing; pure PyTorch."""
     n, k = codes.shape
@@ -124,6 +129,39 @@ def _linear(
     return out
 
 
+def attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    """``softmax(q k^T scale + mask) v``: [B, H, L, D], [B, G, T, D] twice -> [B, H, L, D]; zeros where a row is masked throughout."""
+    gqa = query.shape[1] != key.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=gqa
+    )
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    batch, heads, length, width = query.shape
+    if mask is not None:
+        mask = mask.expand(batch, heads, length, key.shape[2])
+        mask = mask if mask.stride(-1) in (0, 1) else mask.contiguous()
+    out = query.new_empty((batch, length, heads, width))
+    sizes = (ctypes.c_int64 * 6)(batch, heads, key.shape[1], length, key.shape[2], width)
+    of_mask = (0, 0, 0, 0) if mask is None else mask.stride()
+    strides = (ctypes.c_int64 * 13)(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *of_mask)
+    mask_dtype = 3 if mask is not None and mask.dtype is torch.bool else _DTYPES[query.dtype if mask is None else mask.dtype]
+    failed = library().attention(
+        _address(query), _address(key), _address(value), _address(mask), _address(out), _DTYPES[query.dtype], mask_dtype,
+        sizes, strides, int(is_causal), ctypes.c_float(scale), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"attention over {key.shape[2]} keys of width {width} needs more memory than there is")
+    return out.transpose(1, 2)
+
+
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    batch, heads, length, width = query.shape
+    return query.new_empty((batch, length, heads, width)).transpose(1, 2)
+
+
 def _fake_quantize_rows(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     lead, inner = x.shape[:-1], x.shape[-1]
     codes = x.new_empty((*lead, inner + -inner % 4), dtype=torch.uint8)
@@ -137,8 +175,11 @@ def _fake_linear(codes: Tensor, *args: Any) -> Tensor:
 
 _library.impl("quantize_rows_u8", _quantize_rows, "CPU")
 _library.impl("linear_u8s8", _linear, "CPU")
+_library.impl("attention", _attention, "CPU")
+torch.library.register_fake("fxquant::attention", _fake_attention, lib=_library)
 torch.library.register_fake("fxquant::quantize_rows_u8", _fake_quantize_rows, lib=_library)
 torch.library.register_fake("fxquant::linear_u8s8", _fake_linear, lib=_library)
 
 quantize_rows = torch.ops.fxquant.quantize_rows_u8.default
 linear = torch.ops.fxquant.linear_u8s8.default
+attention = torch.ops.fxquant.attention.default

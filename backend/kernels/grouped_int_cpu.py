@@ -1,5 +1,8 @@
 """W4A8 on a CPU: one integer GEMM per group of inputs, since each group has its own weight scale."""
 
+import operator
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -26,7 +29,7 @@ class GroupedIntLinear:
             return Miss("a CPU with VNNI is needed")
         if x is None or not isinstance(x.format, IntAffine) or not isinstance(x.granularity, PerToken):
             return Miss(f"activations are {x}, integers per token are needed")
-        if w is None or not isinstance(w.format, IntAffine) or not w.format.symmetric or not isinstance(w.granularity, PerGroup):
+        if w is None or not isinstance(w.granularity, PerGroup) or not isinstance(w.format, IntAffine) or not w.format.symmetric:
             return Miss(f"weights are {w}, symmetric integers per group are needed")
         groups = product.weight.shape[1] // w.granularity.size
         if groups > MOST_GROUPS:
@@ -35,6 +38,7 @@ class GroupedIntLinear:
 
     def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:
         """[N, K] -> packed uint8 [N, K*bits/8], scale float32 [G, N], sums of the codes int32 [G, N]."""
+        assert isinstance(spec.granularity, PerGroup)
         groups = weight.shape[1] // spec.granularity.size
         qparams = spec.fit(weight)
         codes = spec.encode(weight, qparams)
@@ -44,21 +48,23 @@ class GroupedIntLinear:
     prologue = Int8Linear.prologue
 
     def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor:
-        assert like.weight_spec is not None
-        size = like.weight_spec.granularity.size
+        spec = like.weight_spec
+        assert spec is not None and isinstance(spec.granularity, PerGroup)
+        size = spec.granularity.size
         codes, scale = prepared[:2]
         zero_point = prepared[2] if len(prepared) == 3 else torch.full((), 128, dtype=torch.int32)
         words, weight_scale, sums = packed
         inner = like.weight.shape[1]
-        weight = like.weight_spec.format.unpack(words, inner)
+        weight = spec.format.unpack(words, inner)
         rows = codes.reshape(-1, inner)
         zero_point = zero_point.reshape(-1, 1)
-        total = None
-        for g in range(inner // size):
+
+        def term(g: int) -> Tensor:
             part = slice(g * size, (g + 1) * size)
             exact = torch._int_mm(rows[:, part].contiguous(), weight[:, part].contiguous().t()) - zero_point * sums[g]
-            term = exact.to(torch.float32) * weight_scale[g]
-            total = term if total is None else total + term
+            return exact.to(torch.float32) * weight_scale[g]
+
+        total = reduce(operator.add, map(term, range(inner // size)))
         y = total.reshape(*codes.shape[:-1], weight.shape[0]) * scale
         if bias is not None:
             y = y + bias

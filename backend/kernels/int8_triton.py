@@ -48,16 +48,16 @@ class Int8TritonLinear:
 
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
         """[..., K] -> codes int8 [..., K], scale float32 [..., 1] and, if asymmetric, zero point int32 [..., 1]."""
-        lead = x.shape[:-1]
-        q, scale, zero_point = quantize_rows(x.reshape(-1, x.shape[-1]), spec.format.symmetric)
+        assert isinstance(spec.format, IntAffine)
+        symmetric, lead = spec.format.symmetric, x.shape[:-1]
+        q, scale, zero_point = quantize_rows(x.reshape(-1, x.shape[-1]), symmetric)
         codes, scale = q.view(x.shape), scale.view(*lead, 1)
-        return (codes, scale) if spec.format.symmetric else (codes, scale, zero_point.view(*lead, 1))
+        return (codes, scale) if symmetric else (codes, scale, zero_point.view(*lead, 1))
 
     def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor:
         codes, (weight, weight_scale, sums) = prepared[0], packed
-        q, scale, zero_point = (*(t.reshape(-1, t.shape[-1]) for t in prepared), None)[:3]
-        sums = None if zero_point is None else sums
-        y = int8_gemm(
-            q, weight, scale, zero_point, weight_scale, sums, bias, like.epilogue or "none", None, like.x.dtype
-        )
+        q, scale, *zero_point = (t.reshape(-1, t.shape[-1]) for t in prepared)
+        zero, row_sums = (zero_point[0], sums) if zero_point else (None, None)
+        epilogue = like.epilogue or "none"
+        y: Tensor = int8_gemm(q, weight, scale, zero, weight_scale, row_sums, bias, epilogue, None, like.x.dtype)
         return y.view(*codes.shape[:-1], weight.shape[0])

@@ -48,13 +48,16 @@ class Int8VnniLinear:
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
         """[..., K] -> codes uint8 [..., K padded to 4], scale float32 and zero point int32, [..., 1] or []."""
         if isinstance(spec.granularity, PerToken):
+            assert isinstance(spec.format, IntAffine)
             return tuple(ops.quantize_rows(x, spec.format.bits, spec.format.symmetric))
         qparams = spec.fit(x)
         codes = spec.encode(x, qparams)
         zero_point = qparams.zero_point
         if zero_point is None:
-            codes, zero_point = (codes.to(torch.int16) + 128).to(torch.uint8), torch.full_like(qparams.scale, 128, dtype=torch.int32)
+            codes = (codes.to(torch.int16) + 128).to(torch.uint8)
+            zero_point = torch.full_like(qparams.scale, 128, dtype=torch.int32)
         return pad(codes, (0, -x.shape[-1] % 4)), qparams.scale.to(torch.float32), zero_point
 
     def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor:
-        return ops.linear(*prepared, *packed, bias, like.weight.shape[0], like.epilogue or "none", like.x.dtype)
+        y: Tensor = ops.linear(*prepared, *packed, bias, like.weight.shape[0], like.epilogue or "none", like.x.dtype)
+        return y

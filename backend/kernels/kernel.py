@@ -43,8 +43,11 @@ class Kernel(Protocol):
     products that read the same input with the same Spec, ``product`` once per site.
     """
 
-    name: str
-    epilogues: tuple[str, ...]  # the functions that ``product`` can apply to its result
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def epilogues(self) -> tuple[str, ...]: ...  # the functions that ``product`` can apply to its result
 
     def supports(self, product: Product) -> Claim | Miss: ...
 
@@ -52,7 +55,9 @@ class Kernel(Protocol):
 
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]: ...
 
-    def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor: ...
+    def product(
+        self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product
+    ) -> Tensor: ...
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Spec | None, weight_spec: Spec | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Any format on any device: fake-quantized operands, multiplied in floating point. Right, and no faster than the float model."""
+"""Any format on any device: fake-quantized operands, multiplied in floating point. Right, no faster than the float model."""
 
 import torch
 from torch import Tensor

@@ -53,8 +53,9 @@ class WeightOnlyTritonLinear:
         spec, x = like.weight_spec, prepared[0]
         assert spec is not None
         gemm = w4a16_gemm if spec.format.bits == 4 else w8a16_gemm
-        words, scale, zero_point = (*packed, None)[:3]
+        words, scale, *rest = packed
+        zero_point = rest[0] if rest else None
         size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else ONE_GROUP
         rows = x.reshape(-1, x.shape[-1])
-        y = gemm(rows, words, scale, zero_point, bias, group_size=size, activation=like.epilogue or "none")
+        y: Tensor = gemm(rows, words, scale, zero_point, bias, group_size=size, activation=like.epilogue or "none")
         return y.view(*x.shape[:-1], words.shape[0])

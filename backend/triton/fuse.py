@@ -1,5 +1,7 @@
 """``quantize_rows(norm(x + residual))`` becomes one op that reads each row once; others read sum and norm from it too."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -47,15 +49,16 @@ def _match(quantize: fx.Node) -> Match | Miss:
         if isinstance(found, Match):
             return found
         misses.append(found)
-    return max(misses, key=lambda miss: miss.depth)
+    return max(misses, key=lambda miss: miss.depth)  # the first of them, if they are equally near
 
 
 def _fits(match: Match) -> Miss | None:
     """One kind of number on the way, rows that fit the kernel, and nobody who reads what the kernel keeps to itself."""
     x, norm, sums = value(match.x), _norm(match), [n for n in match.covered if n.target is aten.add.Tensor]
-    size = x.shape[-1]
-    if len(norm.args[1]) != 1:
-        return Miss("'{}' normalises over {} axes, the kernel over the last one", norm, 0, (norm, len(norm.args[1])))
+    shape: Any = norm.args[1]
+    size, axes = x.shape[-1], len(shape)
+    if axes != 1:
+        return Miss("'{}' normalises over {} axes, the kernel over the last one", norm, 0, (norm, axes))
     if not isinstance(size, int) or size > WIDEST_NORM:
         return Miss("'{}' has rows of {}, the kernel holds up to {}", norm, 0, (norm, size, WIDEST_NORM))
     if len(sums) != (match.residual is not None):
@@ -106,7 +109,7 @@ def _write(gm: fx.GraphModule, quantize: fx.Node, match: Match) -> None:
         else:
             *codes, kept_sum, kept_norm = rms_norm_quantize(flat, added, weight, *flags)
         kept = ((keep_sum, kept_sum), (keep_norm, kept_norm))
-        return codes + [rows.view(x.shape) for wanted, rows in kept if wanted]
+        return [*codes, *(rows.view(x.shape) for wanted, rows in kept if wanted)]
 
     operands = (match.x, match.residual, match.weight, match.bindings.get("bias"))
     new = splice(gm, _place(match), fused, *operands, memo=("fuse_norms", centered, *flags))
@@ -124,9 +127,11 @@ def _write(gm: fx.GraphModule, quantize: fx.Node, match: Match) -> None:
 
 def _way(quantize: fx.Node) -> list[fx.Node]:
     """``quantize``, the views that it looks through, and the rows that they show."""
-    way = [quantize, quantize.args[0]]
-    while FAMILIES.get(way[-1].target) == "view":
-        way.append(way[-1].args[0])
+    source: Any = quantize.args[0]
+    way = [quantize, source]
+    while FAMILIES.get(source.target) == "view":
+        source = source.args[0]
+        way.append(source)
     return way
 
 

@@ -110,8 +110,8 @@ def launch_int8_gemm(
     (M, K), N = q_x.shape, q_w.shape[0]
     q_x, q_w = rows(q_x), rows(q_w)
     residual = None if residual is None else rows(residual)
-    vectors = (scale_x, zero_x, scale_w, row_sum_w, bias)
-    scale_x, zero_x, scale_w, row_sum_w, bias = (None if v is None else v.contiguous() for v in vectors)
+    scale_x, scale_w = scale_x.contiguous(), scale_w.contiguous()
+    zero_x, row_sum_w, bias = (None if v is None else v.contiguous() for v in (zero_x, row_sum_w, bias))
     out = q_x.new_empty((M, N), dtype=dtype)
     parts = None if count == 1 else q_x.new_empty((count, M, N), dtype=torch.int32)
     wrap_triton(int8_gemm_kernel)[(ceil_div(M, tile.bm) * ceil_div(N, tile.bn), count)](

@@ -70,7 +70,9 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     values = [node.meta["example_value"] for node in given]
     for node, fake in zip(given, values, strict=True):
         if isinstance(fake, torch.Tensor) and fake.device.type == "meta":
-            raise CaptureError(f"input '{node.name}' is on the meta device and holds no data; load the weights before the first call")
+            raise CaptureError(
+                f"input '{node.name}' is on the meta device and holds no data; load the weights before the first call"
+            )
     # Under vmap (associative scans are made of it) tensors are unwrapped below the pre-dispatch mode, which then loses them.
     has_vmap = any(node.target is _vmap_increment_nesting for node in gm.graph.nodes)
     captured = trace(lambda *args: fx.Interpreter(gm).run(*args), values, _mode_of(values, gm), pre_dispatch=not has_vmap)

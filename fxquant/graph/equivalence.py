@@ -25,7 +25,8 @@ from .weights import depends_on_parameters_only, parameter_only
 
 __all__ = [
     "LAWS", "Applied", "Effect", "Explicit", "Law", "Map", "Note", "PositiveScale", "Refusal", "Region", "Rotation", "Scale",
-    "Shift", "Site", "apply", "channels_of", "constant", "find", "laws_of", "root_of", "site_name", "source_of", "weight_algebra",
+    "Shift", "Site", "apply", "channels_of", "constant", "find", "laws_of", "root_of", "site_name", "source_of",
+    "weight_algebra",
 ]  # fmt: skip
 
 
@@ -63,15 +64,14 @@ def apply(
 
     ``cut`` is a value, or its region already found for this kind of map in this graph as it is. All is decided before anything
     is written: a Refusal leaves the graph as it was. Weights stay symbolic: what is written is ``W * s``, not a number.
+    The caller recompiles ``gm`` when it has moved all that it wants to move.
     """
     region = cut if isinstance(cut, Region) else find(gm, cut, type(map), explicit=explicit)
     if isinstance(region, Refusal):
         return region
     if fuel is not None and not fuel.take(f"{type(map).__name__} on {region.cut.name}"):
         return Refusal("no fuel left", region.cut)
-    leftovers = _write(gm, region, map)
-    gm.recompile()
-    return Applied(region, leftovers)
+    return Applied(region, _write(gm, region, map))
 
 
 def weight_algebra(gm: fx.GraphModule, fn: Callable[..., Any], *args: Any, memo: Hashable = None) -> Any:

@@ -130,11 +130,14 @@ def _components(cones: dict[fx.Node, set[fx.Node]]) -> list[list[fx.Node]]:
     for node, cone in cones.items():
         touching = [g for g in groups if g[1] & cone]
         groups = [g for g in groups if not g[1] & cone]
-        groups.append((sum((g[0] for g in touching), []) + [node], cone.union(*(g[1] for g in touching))))
+        together = [n for g in touching for n in g[0]]
+        groups.append(([*together, node], cone.union(*(g[1] for g in touching))))
     return [nodes for nodes, _ in groups]
 
 
-def _extract(gm: fx.GraphModule, outputs: list[fx.Node], cone: set[fx.Node], position: dict[fx.Node, int]) -> Callable[[], Unit]:
+def _extract(
+    gm: fx.GraphModule, outputs: list[fx.Node], cone: set[fx.Node], position: dict[fx.Node, int]
+) -> Callable[[], Unit]:
     graph = fx.Graph()
     order = [n for n in gm.graph.nodes if n in cone]
     reads = [p for p in position if p in outputs or any(p in n.all_input_nodes for n in order)]
@@ -166,7 +169,8 @@ def _fingerprint(tensor: Tensor) -> int:
     words = flat.view(torch.uint8)[:whole].view(torch.int64)
     rest = int(flat.view(torch.uint8)[whole:].sum())
     weights = torch.arange(1, min(words.numel(), 1024) + 1, device=words.device)
-    rows = words[: words.numel() // weights.numel() * weights.numel()].view(-1, weights.numel()) if words.numel() else words.view(0, 1)
+    columns = max(weights.numel(), 1)
+    rows = words[: words.numel() // columns * columns].view(-1, columns)
     return hash((int((rows.sum(0) * weights).sum()), int(words.sum()), rest))
 
 
@@ -181,7 +185,10 @@ class _Entry:
 
 
 class WeightCache:
-    """Folded tensors by (unit, parameters); an entry dies with any of its parameters. Shared by all graphs, safe under threads."""
+    """Folded tensors by (unit, parameters); an entry dies with any of its parameters.
+
+    Shared by all graphs, safe under threads.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, tuple[int, ...]], _Entry] = {}
@@ -198,13 +205,11 @@ class WeightCache:
         state = state_of(parameters)
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.state == state:
-                if not first or entry.prints == tuple(map(_fingerprint, parameters)):
-                    return entry.values
+            if entry is not None and entry.state == state and (not first or entry.prints == tuple(map(_fingerprint, parameters))):
+                return entry.values
             values = unit.fold(parameters)
             self.folds += 1
-            forget = lambda _: self._entries.pop(key, None)  # noqa: E731
-            guards = [weakref.ref(p, forget) for p in parameters]
+            guards = [weakref.ref(p, lambda _: self._entries.pop(key, None)) for p in parameters]
             self._entries[key] = _Entry(state, tuple(map(_fingerprint, parameters)), values, guards)
             return values
 

@@ -18,11 +18,9 @@ from .tidy import tidy, value
 
 TOLERANCE = 1e-8  # relative: 0.79788456 in a model is the sqrt(2 / pi) of the pattern
 
-_library = torch.library.Library("fxquant", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's
-_library.define("one_of(Tensor[] alternatives, str[] labels) -> Tensor")  # type: ignore[no-untyped-call]  # torch's
-_library.impl(  # type: ignore[no-untyped-call]  # torch's
-    "one_of", lambda alternatives, labels: alternatives[0].clone(), "CompositeExplicitAutograd"
-)
+_library = torch.library.Library("fxquant", "FRAGMENT")
+_library.define("one_of(Tensor[] alternatives, str[] labels) -> Tensor")
+_library.impl("one_of", lambda alternatives, labels: alternatives[0].clone(), "CompositeExplicitAutograd")
 
 
 def one_of(*alternatives: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: A
     """Insert ``fn(*args)`` into ``gm`` before the node ``before``; returns the node(s) that hold its result.
 
     ``args`` may hold nodes (their fake values are traced) and plain Python values (baked in). Inserted nodes carry ``val``.
-    ``memo``: if given, two calls with equal ``memo`` and arguments of the same types trace once; it must say all that ``fn`` holds.
+    ``memo``: if given, two calls with equal ``memo`` and arguments of the same types trace once; it must say all that ``fn``
+    holds.
 
     >>> y = splice(gm, node, lambda x, s: x / s, x_node, s_node)            # doctest: +SKIP
     """
@@ -42,7 +43,10 @@ def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: A
 
 
 def _distinct(values: list[Any]) -> list[Any]:
-    """The fake ``values``, no tensor twice: the tracer tells its inputs apart by identity, and copies of one trace share values."""
+    """The fake ``values``, no tensor twice.
+
+    The tracer tells its inputs apart by identity, and copies of one trace share values.
+    """
     seen: set[int] = set()
     result = []
     for x in values:
@@ -75,7 +79,7 @@ def _copy_in(gm: fx.GraphModule, before: fx.Node, traced: fx.GraphModule, nodes:
 
 def replace(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Any], *args: Any, memo: Hashable = None) -> fx.Node:
     """Replace ``node`` by ``fn(*args)``; returns the new node. What became unread is left for ``tidy``."""
-    new = splice(gm, node, fn, *args, memo=memo)
+    new: fx.Node = splice(gm, node, fn, *args, memo=memo)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     return new
@@ -83,7 +87,7 @@ def replace(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Any], *args: An
 
 def _adopt_constant(gm: fx.GraphModule, source: fx.GraphModule, node: fx.Node) -> fx.Node:
     """A tensor constant of the traced function becomes an attribute of ``gm`` under a free name."""
-    tensor = getattr(source, node.target)
+    tensor = getattr(source, str(node.target))
     number = 0
     while hasattr(gm, name := f"_fxquant_constant{number}"):
         number += 1

@@ -28,6 +28,7 @@ class Stages:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         gm.recompile()
-        header = _HEADER.format(stage=stage, graph=self._folder.name, nodes=len(gm.graph.nodes), note=f"; {note}" if note else "")
+        note = f"; {note}" if note else ""
+        header = _HEADER.format(stage=stage, graph=self._folder.name, nodes=len(gm.graph.nodes), note=note)
         path = self._folder / f"{next(self._count):02d}_{stage}.py"
         path.write_text(header + gm.code.lstrip())

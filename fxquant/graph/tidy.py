@@ -47,12 +47,19 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def operand(node: fx.Node, i: int) -> fx.Node:
+    """The argument ``i`` of ``node``, which is a node by the schema of its op or by what was checked before."""
+    argument = node.args[i]
+    assert isinstance(argument, fx.Node), f"argument {i} of '{node.name}' is {argument!r}, a node is needed"
+    return argument
+
+
 def _refuse_training(node: fx.Node) -> None:
     active = (node.target is aten.dropout.default and node.args[2] and node.args[1] != 0) or (
         node.target is aten.batch_norm.default and node.args[5]
     )
     if active:
-        name = node.target.__name__
+        name = str(node.target).removeprefix("aten.")
         raise CaptureError(
             f"{name} at '{node.name}' is in training mode, and an inference recipe has no gradients; call model.eval() first, "
             "or train the model uncompiled (quantization-aware training will be fxquant.prepare_qat_)"
@@ -63,7 +70,9 @@ def _same_type(node: fx.Node) -> bool:
     """The cast changes neither dtype nor device, and does not ask for a copy."""
     x, y = value(node.args[0]), value(node)
     asked_copy = node.kwargs.get("copy", False) or any(a is True for a in node.args[1:])
-    return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype == y.dtype and x.device == y.device and not asked_copy
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return False
+    return x.dtype == y.dtype and x.device == y.device and not asked_copy
 
 
 def _same_shape(node: fx.Node) -> bool:
@@ -75,15 +84,16 @@ def _known_equal(a: list[Any], b: list[Any]) -> bool:
     """Equal without adding a guard on a symbolic size."""
     if len(a) != len(b):
         return False
-    return all(m is n or (isinstance(m, int) and isinstance(n, int) and m == n) or str(m) == str(n) for m, n in zip(a, b, strict=True))
+    same = (m is n or (isinstance(m, int) and isinstance(n, int) and m == n) or str(m) == str(n) for m, n in zip(a, b, strict=True))
+    return all(same)
 
 
 def _adds_zero(node: fx.Node) -> bool:
-    return node.args[1] == 0 and type(node.args[1]) is int and not node.kwargs and _same_type(node)
+    return type(node.args[1]) is int and node.args[1] == 0 and not node.kwargs and _same_type(node)
 
 
 def _multiplies_by_one(node: fx.Node) -> bool:
-    return not isinstance(node.args[1], fx.Node) and node.args[1] == 1 and not node.kwargs and _same_type(node)
+    return isinstance(node.args[1], int | float | complex) and node.args[1] == 1 and not node.kwargs and _same_type(node)
 
 
 def _always(node: fx.Node) -> bool:
@@ -91,7 +101,8 @@ def _always(node: fx.Node) -> bool:
 
 
 def _inference_dropout(node: fx.Node) -> bool:
-    return not node.args[2] or node.args[1] == 0
+    _, p, train = node.args
+    return not (train and p)
 
 
 # What each op must satisfy to be the identity on its first argument.

@@ -53,6 +53,13 @@ def test_the_epilogue_is_its_torch_meaning(shape, tile, parts, activation, data)
         torch.testing.assert_close(ours.float(), truth.float(), rtol=max(2e-6, torch.finfo(dtype).eps), atol=2e-6)
 
 
+@pytest.mark.parametrize("M", [3, 20])
+def test_scales_and_bias_may_have_any_strides(M):
+    x, w, vectors = codes(M, 64, 0), codes(33, 64, 1), torch.rand(33, 2)
+    args = (x, w, torch.rand(1, 1).expand(M, 1), None, vectors[:, 0], None, vectors[:, 1])
+    assert torch.equal(gemm.int8_gemm(*args), gemm.reference(*args, None, "none", torch.float32))
+
+
 @pytest.mark.parametrize("M", [1, 16, 17, 65])
 def test_the_op_takes_every_bucket_of_rows_and_any_strides(M):
     x, w = codes(200, M, 0).T, codes(33, 400, 1)[:, ::2]

@@ -93,3 +93,10 @@ def test_subnormal_rows_have_a_normal_scale():
 def test_rows_of_another_dtype_are_refused_in_a_sentence():
     with pytest.raises(KernelError, match=r"float32, float16 or bfloat16 \[T, D\], not torch.float64"):
         row.quantize_rows(torch.randn(2, 3, dtype=torch.float64))
+
+
+def test_gains_may_have_any_strides():
+    x, vectors = torch.randn(4, 40), torch.randn(40, 2)
+    strided = row.layer_norm_quantize(x, None, vectors[:, 0], vectors[:, 1], 1e-5)
+    dense = row.layer_norm_quantize(x, None, *vectors.T.contiguous(), 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))

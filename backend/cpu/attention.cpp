@@ -1,0 +1,211 @@
+// Scaled dot-product attention for CPUs with AVX512, in float32 inside: softmax(q k^T scale + mask) v.
+//
+// A task is one head and a band of queries. Keys are copied as columns and values as float32 rows, once per task; six queries at
+// a time meet all their keys, so a row of scores is whole before its softmax: no rescaling, and the same sums on any number of
+// threads. The output is laid out [B, L, H, D], so that joining the heads afterwards is a view.
+
+#include "simd.h"
+
+#include <stdlib.h>
+
+namespace {
+
+constexpr int QUERIES = 6, KEYS = 64;
+
+struct Attention {
+  const char *q, *k, *v, *mask;
+  char* out;
+  int dtype, mask_dtype;                 // of the mask: a Dtype, or 3 for bool; mask may be null
+  int64_t B, H, G, L, T, D;              // heads of q, heads of k and v
+  int64_t qb, qh, ql, kb, kh, kt, vb, vh, vt, mb, mh, ml, mt;  // strides in elements; the last axis is dense
+  int causal;
+  float scale;
+};
+
+struct Space {  // of one thread
+  float *keys, *values, *scores, *queries;
+};
+
+inline __m512 mask_of(const Attention& a, const char* row, int64_t t, __mmask16 lanes) {
+  const __m512 off = _mm512_set1_ps(-INFINITY);
+  if (a.mask_dtype == 3) {
+    if (a.mt == 0) return row[0] ? _mm512_setzero_ps() : off;
+    __m128i bytes = _mm_maskz_loadu_epi8(lanes, row + t);
+    return _mm512_mask_mov_ps(off, _mm_test_epi8_mask(bytes, bytes), _mm512_setzero_ps());
+  }
+  if (a.mt == 0) {
+    alignas(64) float one[LANES];
+    _mm512_store_ps(one, load(row, a.mask_dtype, 1));
+    return _mm512_set1_ps(one[0]);
+  }
+  return load(row + t * element_size(a.mask_dtype), a.mask_dtype, lanes);
+}
+
+// Scores of MR queries with KEYS keys at `t`; columns beyond the end are zeros and are overwritten by the caller's softmax.
+template <int MR>
+void score(const float* q, const float* keys, float* s, int64_t stride, int64_t D) {
+  __m512 sum[MR][4];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < D; c++, keys += KEYS) {
+    __m512 k0 = _mm512_load_ps(keys), k1 = _mm512_load_ps(keys + 16), k2 = _mm512_load_ps(keys + 32), k3 = _mm512_load_ps(keys + 48);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      __m512 x = _mm512_set1_ps(q[i * D + c]);
+      sum[i][0] = _mm512_fmadd_ps(x, k0, sum[i][0]);
+      sum[i][1] = _mm512_fmadd_ps(x, k1, sum[i][1]);
+      sum[i][2] = _mm512_fmadd_ps(x, k2, sum[i][2]);
+      sum[i][3] = _mm512_fmadd_ps(x, k3, sum[i][3]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++) {
+    _mm512_store_ps(s + i * stride, sum[i][0]);
+    _mm512_store_ps(s + i * stride + 16, sum[i][1]);
+    _mm512_store_ps(s + i * stride + 32, sum[i][2]);
+    _mm512_store_ps(s + i * stride + 48, sum[i][3]);
+  }
+}
+
+// MR rows of probabilities times NV * 16 columns of the values.
+template <int MR, int NV>
+void mix(const float* p, int64_t stride, const float* values, int64_t width, int64_t T, float* out) {
+  __m512 sum[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) sum[i][j] = _mm512_setzero_ps();
+  for (int64_t t = 0; t < T; t++) {
+    __m512 v[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) v[j] = _mm512_load_ps(values + t * width + j * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      __m512 x = _mm512_set1_ps(p[i * stride + t]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) sum[i][j] = _mm512_fmadd_ps(x, v[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) _mm512_store_ps(out + i * width + j * LANES, sum[i][j]);
+}
+
+// One row of scores becomes probabilities, zeros from `T` to the end of the row; a row that is masked throughout is all zeros.
+void softmax(const Attention& a, float* s, const char* mask, int64_t T, int64_t padded) {
+  __m512 largest = _mm512_set1_ps(-INFINITY);
+  const __m512 scale = _mm512_set1_ps(a.scale);
+  for (int64_t t = 0; t < T; t += LANES) {
+    __mmask16 lanes = tail(T - t);
+    __m512 x = _mm512_mul_ps(_mm512_load_ps(s + t), scale);
+    if (mask) x = _mm512_add_ps(x, mask_of(a, mask, t, lanes));
+    x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes, x);
+    largest = _mm512_max_ps(largest, x);
+    _mm512_store_ps(s + t, x);
+  }
+  float top = _mm512_reduce_max_ps(largest);
+  __m512 shift = _mm512_set1_ps(top == -INFINITY ? 0.0f : top), total = _mm512_setzero_ps();
+  for (int64_t t = 0; t < T; t += LANES) {
+    __m512 x = _mm512_load_ps(s + t);
+    __mmask16 off = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
+    x = _mm512_mask_mov_ps(exponential(_mm512_sub_ps(x, shift)), off, _mm512_setzero_ps());
+    total = _mm512_add_ps(total, x);
+    _mm512_store_ps(s + t, x);
+  }
+  float sum = _mm512_reduce_add_ps(total);
+  __m512 by = _mm512_set1_ps(sum == 0 ? 0.0f : 1.0f / sum);
+  int64_t t = 0;
+  for (; t < T; t += LANES) _mm512_store_ps(s + t, _mm512_mul_ps(_mm512_load_ps(s + t), by));
+  for (; t < padded; t += LANES) _mm512_store_ps(s + t, _mm512_setzero_ps());
+}
+
+template <int MR>
+void queries(const Attention& a, const Space& space, int64_t b, int64_t h, int64_t l, float* mixed, int64_t width) {
+  const int64_t padded = (a.T + KEYS - 1) / KEYS * KEYS;
+  const int64_t T = a.causal && l + MR < a.T ? l + MR : a.T;  // the keys that some of these queries see
+  for (int64_t t = 0; t < T; t += KEYS) score<MR>(space.queries, space.keys + t * a.D, space.scores + t, padded, a.D);
+  for (int i = 0; i < MR; i++) {
+    const char* mask = a.mask ? a.mask + (b * a.mb + h * a.mh + (l + i) * a.ml) * (a.mask_dtype == 3 ? 1 : element_size(a.mask_dtype)) : nullptr;
+    softmax(a, space.scores + i * padded, mask, a.causal && l + i + 1 < a.T ? l + i + 1 : a.T, (T + LANES - 1) / LANES * LANES);
+  }
+  for (int64_t c = 0; c < width; c += 64) {
+    const float* v = space.values + c;
+    switch ((width - c) / LANES) {
+      case 1: mix<MR, 1>(space.scores, padded, v, width, T, mixed + c); break;
+      case 2: mix<MR, 2>(space.scores, padded, v, width, T, mixed + c); break;
+      case 3: mix<MR, 3>(space.scores, padded, v, width, T, mixed + c); break;
+      default: mix<MR, 4>(space.scores, padded, v, width, T, mixed + c);
+    }
+  }
+}
+
+void band(const Attention& a, const Space& space, int64_t b, int64_t h, int64_t first, int64_t count) {
+  const int64_t g = h / (a.H / a.G), width = (a.D + LANES - 1) / LANES * LANES;
+  const int64_t seen = a.causal && first + count < a.T ? first + count : a.T;
+  const int size = element_size(a.dtype);
+  const char *k = a.k + (b * a.kb + g * a.kh) * size, *v = a.v + (b * a.vb + g * a.vh) * size;
+  for (int64_t t = 0; t < (seen + KEYS - 1) / KEYS * KEYS; t++) {  // keys as columns: [T / KEYS][D][KEYS]
+    float* column = space.keys + t / KEYS * KEYS * a.D + t % KEYS;
+    for (int64_t c = 0; c < a.D; c += LANES) {
+      alignas(64) float part[LANES];
+      _mm512_store_ps(part, t < seen ? load(k + (t * a.kt + c) * size, a.dtype, tail(a.D - c)) : _mm512_setzero_ps());
+      for (int64_t i = 0; i < LANES && c + i < a.D; i++) column[(c + i) * KEYS] = part[i];
+    }
+  }
+  for (int64_t t = 0; t < seen; t++)
+    for (int64_t c = 0; c < width; c += LANES)
+      _mm512_store_ps(space.values + t * width + c, load(v + (t * a.vt + c) * size, a.dtype, tail(a.D - c)));
+
+  float* mixed = space.queries + QUERIES * width;
+  for (int64_t l = first; l < first + count; l += QUERIES) {
+    const int64_t left = first + count - l, rows = left < QUERIES ? left : QUERIES;
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t c = 0; c < a.D; c += LANES)
+        _mm512_mask_storeu_ps(space.queries + i * a.D + c, tail(a.D - c), load(a.q + (b * a.qb + h * a.qh + (l + i) * a.ql + c) * size, a.dtype, tail(a.D - c)));
+    switch (rows) {
+      case 1: queries<1>(a, space, b, h, l, mixed, width); break;
+      case 2: queries<2>(a, space, b, h, l, mixed, width); break;
+      case 3: queries<3>(a, space, b, h, l, mixed, width); break;
+      case 4: queries<4>(a, space, b, h, l, mixed, width); break;
+      case 5: queries<5>(a, space, b, h, l, mixed, width); break;
+      default: queries<6>(a, space, b, h, l, mixed, width);
+    }
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t c = 0; c < a.D; c += LANES)
+        store(a.out + (((b * a.L + l + i) * a.H + h) * a.D + c) * size, _mm512_load_ps(mixed + i * width + c), a.dtype, tail(a.D - c));
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// q [B, H, L, D], k and v [B, G, T, D] with H a multiple of G; returns 0, or 1 if there was no memory.
+int attention(const char* q, const char* k, const char* v, const char* mask, char* out, int dtype, int mask_dtype, const int64_t* sizes,
+              const int64_t* strides, int causal, float scale, int threads) {
+  Attention a = {q, k, v, mask, out, dtype, mask_dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+                 strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6], strides[7], strides[8],
+                 strides[9], strides[10], strides[11], strides[12], causal, scale};
+  const int64_t padded = (a.T + KEYS - 1) / KEYS * KEYS, width = (a.D + LANES - 1) / LANES * LANES;
+  const int64_t floats = padded * a.D + padded * width + QUERIES * padded + 2 * QUERIES * width;
+  int64_t bands = 1;  // enough tasks for the threads, but copying keys and values must stay the smaller part
+  while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 8 * QUERIES) bands *= 2;
+  const int64_t height = ((a.L + bands - 1) / bands + QUERIES - 1) / QUERIES * QUERIES;
+  int failed = 0;
+#pragma omp parallel if (a.B * a.H * a.L * a.T * a.D > 32768) reduction(| : failed)
+  {
+    float* memory = (float*)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+    failed = memory == nullptr;
+    const Space space = {memory, memory + padded * a.D, memory + padded * a.D + padded * width,
+                         memory + padded * a.D + padded * width + QUERIES * padded};
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < a.B * a.H * bands; task++) {
+      const int64_t first = task % bands * height, head = task / bands;
+      if (memory && first < a.L) band(a, space, head / a.H, head % a.H, first, a.L - first < height ? a.L - first : height);
+    }
+    free(memory);
+  }
+  return failed;
+}
+}

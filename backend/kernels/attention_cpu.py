@@ -1,0 +1,67 @@
+"""Attention on a CPU with AVX512: our own C++ (cpu/attention.cpp) in place of PyTorch's, where it pays.
+
+Nothing is quantized here: beside integer linears, PyTorch's float attention is what an encoder then spends its time on.
+"""
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.match import Miss
+from fxquant.graph.rewrite import replace
+from fxquant.graph.tidy import value
+
+from ..cpu import build, ops
+from .kernel import Claim
+
+aten = torch.ops.aten
+NAME = "attention (AVX512, float32 inside)"
+FEWEST_QUERIES = 8  # keys are copied once per call, which fewer queries do not pay back
+
+
+def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
+    """Replace every scaled dot-product attention that the kernel supports, in place."""
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)):
+        if not supports(node) or not fuel.take(f"lower {node.name}"):
+            continue
+        query, key, val, mask, _, is_causal = _arguments(node)
+        scale = node.kwargs.get("scale")
+        scale = 1 / math.sqrt(value(query).shape[-1]) if scale is None else scale
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, causal: bool = is_causal, s: float = scale) -> Tensor:
+            return ops.attention(q, k, v, m, causal, s)
+
+        replace(gm, node, attention, query, key, val, mask)
+
+
+def supports(node: fx.Node) -> Claim | Miss:
+    """Whether the kernel computes this attention, or why not."""
+    query, key, val, mask, dropout, _ = _arguments(node)
+    q, k, v, m = (value(n) for n in (query, key, val, mask))
+    if q.device.type != "cpu":
+        return Miss(f"the attention is on {q.device.type}, this kernel is for CPUs")
+    if not torch.cpu._is_avx512_supported() or not torch.cpu._is_vnni_supported():
+        return Miss("this CPU has no AVX512")
+    if reason := build.why_not():
+        return Miss(reason)
+    if dropout:
+        return Miss(f"probabilities are dropped ({dropout})")
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        return Miss(f"the query has {q.dim()} axes, [B, H, L, D] is needed")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or {k.dtype, v.dtype} != {q.dtype}:
+        return Miss(f"the operands are {q.dtype}, {k.dtype} and {v.dtype}; one of float32, bfloat16, float16 is needed for all")
+    if not all(isinstance(s, int) for t in (q, k, v) for s in (t.shape[1], t.shape[3])) or q.shape[3] != v.shape[3]:
+        return Miss("the number of heads or their width is not fixed, or differs between keys and values")
+    if m is not None and (m.dtype not in (torch.bool, q.dtype) or m.dim() > 4):
+        return Miss(f"the mask is {m.dtype} with {m.dim()} axes")
+    if not isinstance(q.shape[2], int) or q.shape[2] < FEWEST_QUERIES:
+        return Miss(f"{q.shape[2]} queries per head, {FEWEST_QUERIES} or more are needed, known while compiling")
+    return Claim(NAME)
+
+
+def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, float, bool]:
+    given = [*node.args, *(None, 0.0, False)[len(node.args) - 3 :]]
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    return tuple(node.kwargs.get(name, given[i]) for i, name in enumerate(names))  # type: ignore[return-value]  # by the op's schema

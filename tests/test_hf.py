@@ -1,0 +1,101 @@
+"""A Hugging Face model is used as ever: attentions, embeddings given, regional compile, half types."""
+
+import pytest
+import torch
+import transformers as T
+
+import fxquant
+
+OPTIONS = {"inductor": False}
+
+
+def bert(**changes: object) -> T.BertModel:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = T.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=97, **changes
+    )  # fmt: skip
+    return T.BertModel(config).eval()
+
+
+ids = torch.arange(14).view(2, 7) + 3
+mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@torch.no_grad()
+def test_attentions_and_hidden_states_are_returned_as_ever() -> None:
+    model = bert(attn_implementation="eager")
+    asked = {"input_ids": ids, "attention_mask": mask, "output_attentions": True, "output_hidden_states": True}
+    expected = model(**asked)
+    model.compile(backend="outlierq", options=OPTIONS)
+    got = model(**asked)
+    assert type(got) is type(expected)
+    assert len(got.attentions) == 2 and len(got.hidden_states) == 3
+    for a, b in zip([*got.attentions, *got.hidden_states], [*expected.attentions, *expected.hidden_states], strict=True):
+        assert a.shape == b.shape and error(a, b) < 0.02
+    assert fxquant.explain(model).coverage == 1
+
+
+@torch.no_grad()
+def test_embeddings_may_be_given_instead_of_tokens() -> None:
+    model = bert()
+    embeddings = model.embeddings.word_embeddings(ids)
+    expected = model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
+    model.compile(backend="outlierq", options=OPTIONS)
+    assert error(model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state, expected) < 0.02
+
+
+def test_a_gradient_through_given_embeddings_is_refused() -> None:
+    model = bert()
+    embeddings = model.embeddings.word_embeddings(ids).detach().requires_grad_()
+    model.compile(backend="outlierq", options=OPTIONS)
+    with pytest.raises(fxquant.GradientError):
+        model(inputs_embeds=embeddings).last_hidden_state.sum().backward()
+
+
+@torch.no_grad()
+def test_the_names_of_a_regional_compile_are_those_of_the_model() -> None:
+    model = bert()
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    for layer in model.encoder.layer:
+        layer.compile(backend="outlierq", options=OPTIONS)
+    got = model(ids, attention_mask=mask).last_hidden_state
+    assert error(got, expected) < 0.02
+    names = {site.name for site in fxquant.explain(model).sites}
+    assert {"encoder.layer.0.output.dense.weight", "encoder.layer.1.attention.self.query.weight"} <= names
+    assert len(names) == 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_stay_half_types(dtype: torch.dtype) -> None:
+    model = bert().to(dtype)
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    model.compile(backend="outlierq", options=OPTIONS)
+    got = model(ids, attention_mask=mask).last_hidden_state
+    assert got.dtype == dtype
+    assert error(got, expected) < 0.03
+    assert all("simulated" not in site.kernel for site in fxquant.explain(model).sites)
+
+
+@torch.no_grad()
+def test_a_wrapped_model_is_explained_too() -> None:
+    model = bert()
+    wrapped = torch.compile(model, backend="outlierq", options=OPTIONS)
+    wrapped(ids)
+    assert str(fxquant.explain(wrapped)) == str(fxquant.explain(model))
+    assert "encoder.layer.0.output.dense.weight" in str(fxquant.explain(wrapped))
+
+
+@torch.no_grad()
+def test_inference_mode_is_as_good_as_no_grad() -> None:
+    model = bert()
+    expected = model(ids).last_hidden_state
+    model.compile(backend="outlierq", options=OPTIONS)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert error(model(ids).last_hidden_state, expected) < 0.02
