@@ -76,7 +76,8 @@ def _operands(node: fx.Node) -> _Operands | None:
     if activation is None and weight_spec is None:
         return None
     bias = operand(node, 2) if len(node.args) > 2 and node.args[2] is not None else None
-    return _Operands(site, x, weight, bias, Product(value(x), value(weight), value(bias), activation, weight_spec))
+    product = Product(value(x), value(weight), value(bias), activation, weight_spec, value(node).dtype)
+    return _Operands(site, x, weight, bias, product)
 
 
 def _unquantized(node: fx.Node) -> tuple[fx.Node, Spec | None]:
@@ -105,7 +106,7 @@ def _write(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prep
     x = _prologue(gm, node, kernel, o, prepared)
     last, epilogue = _epilogue(node, kernel)
     p = dataclasses.replace(o.product, epilogue=epilogue)
-    memo = (kernel.name, "product", p.activation, p.weight_spec, epilogue, str(p.weight.shape), p.x.dtype)
+    memo = (kernel.name, "product", p.activation, p.weight_spec, epilogue, str(p.weight.shape), p.x.dtype, p.out_dtype)
     replace(gm, last, lambda x, w, b: kernel.product(x, w, b, p), x, packed, o.bias, memo=memo)
 
 

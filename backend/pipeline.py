@@ -21,6 +21,7 @@ from fxquant.report import Artifact, GraphSite, register
 
 from .inductor import compile_runtime
 from .kernels import KERNELS
+from .kernels.attention_cpu import lower_attention
 from .lower import Lowered, lower
 from .settings import Settings
 from .triton.fuse import fuse_norms
@@ -42,7 +43,8 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
     stages.show("quantized", graph)
     kernels = lower(graph, KERNELS, fuel)
     fuse_norms(graph, fuel)
-    stages.show("lowered", graph)
+    lower_attention(graph, fuel)
+    stages.show("lowered", tidy(graph))
     folded = fold(graph)
     stages.show("folded", folded.runtime, f"{len(folded.units)} units of weights were split off")
     run = compile_runtime(folded.runtime, settings.inductor)

@@ -37,6 +37,8 @@ class Settings:
                 raise RecipeError(f"option {key!r} is not known; {nearest(key, OPTIONS)}")
             refuse_tensors(f"option '{key}'", value)
         recipe = _recipe(given.get("recipe", "W8A8"))
+        if isinstance(given.get("ranges"), Mapping):
+            given["ranges"] = [(site, *_pair(site, ends)) for site, ends in given["ranges"].items()]
         recipe = recipe.replace(**{k: given[k] for k in ("ignore", "ranges", "transforms") if k in given})
         fuel = _typed(given, "fuel", int, os.environ.get("FXQUANT_FUEL"))
         trace = _typed(given, "trace", str, os.environ.get("FXQUANT_TRACE"))
@@ -55,6 +57,12 @@ def _recipe(given: Any) -> Recipe:
     if isinstance(given, Recipe):
         return given
     raise RecipeError(f"option 'recipe' is a {type(given).__name__}; a preset name or Recipe(...).to_dict() is needed")
+
+
+def _pair(site: str, ends: Any) -> tuple[Any, Any]:
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        raise RecipeError(f"the range of site {site!r} is {ends!r}; (lo, hi) is needed")
+    return ends[0], ends[1]
 
 
 def _typed(given: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph.capture import Parameter
+from fxquant.graph.equivalence import root_of
 from fxquant.graph.fold import cone_of, unit_of
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.ops import fake_quantize
@@ -60,7 +61,8 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel) -> list[Site]:
         reads = {n: p for n in cone_of(weight) if n in inputs and (p := Parameter.of(n)) is not None}
         if not reads or node in folded:
             continue  # a product of constants, or one that is done once per parameter version
-        root = max(reads, key=lambda n: value(n).numel())
+        root = root_of(weight)
+        assert root is not None  # it reads parameters
         path, arguments = reads[root].path, tuple(sorted(inputs[n] for n in reads))
         site = Site(f"{number}:{path}", path, kind, inputs[root], arguments, value(weight).numel(), _counted(kind))
         site = _decide(site, node, weight, recipe)

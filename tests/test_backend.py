@@ -66,7 +66,7 @@ def test_every_preset_runs_in_every_dtype(recipe: str, dtype: torch.dtype) -> No
     block = Block(width=128).to(dtype)
     data = torch.randn(2, 5, 128, dtype=dtype)
     expected = block(data)
-    ranges = [["up", -6.0, 6.0], ["down", -3.0, 6.0]] if recipe.endswith("static") else []
+    ranges = {"up": [-6.0, 6.0], "down": [-3.0, 6.0]} if recipe.endswith("static") else {}
     y = compiled(block, recipe=recipe, ranges=ranges)(data)
     assert y.dtype == dtype
     assert error(y.float(), expected.float()) < (0.12 if "W4" in recipe else 0.02)

@@ -136,6 +136,19 @@ def test_a_change_of_weights_is_seen_by_the_next_call(build: object, change: obj
     assert_right(model, x)
 
 
+def test_an_address_that_is_used_again_is_no_proof_of_the_same_weights() -> None:
+    model = Stack(depth=1, width=256).eval()
+    model.compile(backend="outlierq", options=OPTIONS)
+    data, weight = torch.randn(4, 256), model.layers[0].linear.weight
+    for _ in range(20):  # twice between two calls, the second may come to lie where the first was
+        weight.data = weight.data * 2
+        weight.data = weight.data * -0.5
+        expected = Stack(depth=1, width=256).eval()
+        expected.load_state_dict(model.state_dict())
+        wanted = expected(data)
+        assert ((model(data) - wanted).norm() / wanted.norm()).item() < 0.02
+
+
 @BOTH
 def test_a_change_of_dtype_is_a_new_graph_with_new_weights(build: object) -> None:
     model = build()

@@ -41,6 +41,16 @@ def test_attentions_and_hidden_states_are_returned_as_ever() -> None:
 
 
 @torch.no_grad()
+def test_every_weight_is_a_site_of_its_own_though_one_scale_is_made_of_three() -> None:
+    model = bert()
+    model.compile(backend="outlierq", options=OPTIONS)
+    model(ids)
+    found = sorted(site.name for site in fxquant.explain(model).sites if site.counted)
+    linears = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert found == sorted(linears)
+
+
+@torch.no_grad()
 def test_embeddings_may_be_given_instead_of_tokens() -> None:
     model = bert()
     embeddings = model.embeddings.word_embeddings(ids)
@@ -99,3 +109,25 @@ def test_inference_mode_is_as_good_as_no_grad() -> None:
     with torch.inference_mode():
         for _ in range(2):
             assert error(model(ids).last_hidden_state, expected) < 0.02
+
+
+@torch.no_grad()
+def test_autocast_gives_the_types_that_it_gives_without_us() -> None:
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.down = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = self.up(x)
+            return h, self.down(torch.nn.functional.gelu(h))
+
+    model, x = Mlp(), torch.randn(5, 32)
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        model.compile(backend="outlierq", options=OPTIONS)
+        got = model(x)
+    assert [t.dtype for t in got] == [t.dtype for t in expected] == [torch.bfloat16] * 2
+    assert all(error(a, b) < 0.02 for a, b in zip(got, expected, strict=True))

@@ -60,7 +60,7 @@ def cache_folder() -> Path:
 def _compile(command: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, built = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+        built = Path(folder, "kernels.so")
         objects = [f"{folder}/{name}.o" for name in SOURCES]
         compile = [[*command, "-c", str(FOLDER / name), "-o", out] for name, out in zip(SOURCES, objects, strict=True)]
         # Compiled with OpenMP and linked without it: its symbols are those of the runtime that PyTorch has loaded.

@@ -42,12 +42,16 @@ def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
 
 
 def quantize_rows_reference(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """[..., K] -> codes uint8 [..., K padded to 4], scale float32 [..., 1], zero point int32 [..., 1]; symmetric codes are shifted by 128."""
+    """[..., K] -> codes uint8 [..., K padded to 4], scale float32 [..., 1], zero point int32 [..., 1].
+
+    Symmetric codes are shifted by 128.
+    """
     format = IntAffine(bits, symmetric=symmetric)
     qparams = format.fit(x, PerToken())
     codes = format.encode(x, qparams, PerToken())
     if symmetric:
-        codes, zero_point = (codes.to(torch.int16) + 128).to(torch.uint8), torch.full_like(qparams.scale, 128, dtype=torch.int32)
+        codes = (codes.to(torch.int16) + 128).to(torch.uint8)
+        zero_point = torch.full_like(qparams.scale, 128, dtype=torch.int32)
     else:
         assert qparams.zero_point is not None
         zero_point = qparams.zero_point
@@ -121,16 +125,23 @@ def _linear(
     rows = codes.numel() // inner
     out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
     library().linear(
-        _address(codes), ctypes.c_int64(inner), _address(scale), _address(zero_point), ctypes.c_int64(int(scale.numel() == rows)),
-        _address(weight), _address(weight_scale), _address(sums), _address(bias), _DTYPES[bias.dtype] if bias is not None else 0,
+        _address(codes), ctypes.c_int64(inner),
+        _address(scale), _address(zero_point), ctypes.c_int64(int(scale.numel() == rows)),
+        _address(weight), _address(weight_scale), _address(sums),
+        _address(bias), _DTYPES[bias.dtype] if bias is not None else 0,
         _address(out), _DTYPES[dtype], ACTIVATIONS.index(activation),
         ctypes.c_int64(rows), ctypes.c_int64(out_features), ctypes.c_int64(inner // 4), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """``softmax(q k^T scale + mask) v``: [B, H, L, D], [B, G, T, D] twice -> [B, H, L, D]; zeros where a row is masked throughout."""
+def attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """``softmax(q k^T scale + mask) v``: [B, H, L, D], [B, G, T, D] twice -> [B, H, L, D].
+
+    Zeros where a row is masked throughout.
+    """
     gqa = query.shape[1] != key.shape[1]
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=gqa

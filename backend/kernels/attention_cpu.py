@@ -31,7 +31,8 @@ def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
         scale = 1 / math.sqrt(value(query).shape[-1]) if scale is None else scale
 
         def attention(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, causal: bool = is_causal, s: float = scale) -> Tensor:
-            return ops.attention(q, k, v, m, causal, s)
+            y: Tensor = ops.attention(q, k, v, m, causal, s)
+            return y
 
         replace(gm, node, attention, query, key, val, mask)
 

@@ -29,7 +29,9 @@ class GroupedIntLinear:
             return Miss("a CPU with VNNI is needed")
         if x is None or not isinstance(x.format, IntAffine) or not isinstance(x.granularity, PerToken):
             return Miss(f"activations are {x}, integers per token are needed")
-        if w is None or not isinstance(w.granularity, PerGroup) or not isinstance(w.format, IntAffine) or not w.format.symmetric:
+        if w is None or not isinstance(w.format, IntAffine) or not w.format.symmetric:
+            return Miss(f"weights are {w}, symmetric integers per group are needed")
+        if not isinstance(w.granularity, PerGroup):
             return Miss(f"weights are {w}, symmetric integers per group are needed")
         groups = product.weight.shape[1] // w.granularity.size
         if groups > MOST_GROUPS:
@@ -68,4 +70,4 @@ class GroupedIntLinear:
         y = total.reshape(*codes.shape[:-1], weight.shape[0]) * scale
         if bias is not None:
             y = y + bias
-        return y.to(like.x.dtype)
+        return y.to(like.out_dtype)

@@ -59,4 +59,4 @@ class Int8Linear:
         y = total.to(torch.float32) * scale * weight_scale
         if bias is not None:
             y = y + bias
-        return y.to(like.x.dtype)
+        return y.to(like.out_dtype)

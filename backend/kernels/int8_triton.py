@@ -59,5 +59,5 @@ class Int8TritonLinear:
         q, scale, *zero_point = (t.reshape(-1, t.shape[-1]) for t in prepared)
         zero, row_sums = (zero_point[0], sums) if zero_point else (None, None)
         epilogue = like.epilogue or "none"
-        y: Tensor = int8_gemm(q, weight, scale, zero, weight_scale, row_sums, bias, epilogue, None, like.x.dtype)
+        y: Tensor = int8_gemm(q, weight, scale, zero, weight_scale, row_sums, bias, epilogue, None, like.out_dtype)
         return y.view(*codes.shape[:-1], weight.shape[0])

@@ -59,5 +59,5 @@ class Int8VnniLinear:
         return pad(codes, (0, -x.shape[-1] % 4)), qparams.scale.to(torch.float32), zero_point
 
     def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor:
-        y: Tensor = ops.linear(*prepared, *packed, bias, like.weight.shape[0], like.epilogue or "none", like.x.dtype)
+        y: Tensor = ops.linear(*prepared, *packed, bias, like.weight.shape[0], like.epilogue or "none", like.out_dtype)
         return y

@@ -25,7 +25,8 @@ class Product:
     """``linear(x, weight, bias)`` with its Specs, as fake values: what a kernel decides on.
 
     ``x``: [..., K], ``weight``: [N, K]; ``activation`` or ``weight_spec`` is None where that side stays in floating point.
-    ``epilogue`` names the function that follows ("gelu", "gelu_tanh", "silu", "relu"), if the kernel is to apply it.
+    ``dtype`` is that of the result, where it is not that of ``x`` (under autocast); ``epilogue`` names the function that
+    follows ("gelu", "gelu_tanh", "silu", "relu"), if the kernel is to apply it.
     """
 
     x: Tensor
@@ -33,7 +34,13 @@ class Product:
     bias: Tensor | None
     activation: Spec | None
     weight_spec: Spec | None
+    dtype: torch.dtype | None = None
     epilogue: str = ""
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """The dtype of the result."""
+        return self.dtype or self.x.dtype
 
 
 class Kernel(Protocol):

@@ -32,6 +32,8 @@ class WeightOnlyTritonLinear:
             return Miss("activations are quantized, and this kernel multiplies in floating point")
         if product.x.dtype not in OFFSET:
             return Miss(f"activations have dtype {product.x.dtype}; bfloat16 or float16 is needed")
+        if product.out_dtype != product.x.dtype:
+            return Miss(f"activations are {product.x.dtype} and the result is {product.out_dtype}; one dtype is needed")
         if w is None or not isinstance(w.format, IntAffine) or (w.format.bits, w.granularity) not in FORMS:
             return Miss(f"weights are {w and w.brief}; 4 bits per group of 128, or 8 bits per channel, are needed")
         if not (n > 0 and k > 0):

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -45,7 +45,7 @@ class Unit:
             if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
                 raise FxquantError(
                     f"parameter '{name}' holds NaN or infinity, which no integer can stand for; "
-                    "mend the checkpoint, or leave the layer in floating point with ignore=[...]"
+                    "mend the checkpoint, or leave the layer in floating point with ignore=[...] and transforms=[]"
                 )
         with torch.no_grad():
             return tuple(self.gm(*parameters))
@@ -205,7 +205,11 @@ class WeightCache:
         state = state_of(parameters)
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.state == state and (not first or entry.prints == tuple(map(_fingerprint, parameters))):
+            if (
+                entry is not None
+                and entry.state == state
+                and (not first or entry.prints == tuple(map(_fingerprint, parameters)))
+            ):
                 return entry.values
             values = unit.fold(parameters)
             self.folds += 1
@@ -247,8 +251,9 @@ class FoldedWeights:
     """The weight side of one compiled graph: hands out folded tensors, and checks on every call that they are still right.
 
     The check reads address and version counter of each parameter in ``watched`` (argument positions; all that the units read
-    are added). Not seen between two calls of the same graph: a write through ``p.data`` that keeps the address, such as
-    ``p.data.add_(...)``; call ``refresh()`` after one. ``on_new(args)`` is called when parameters are met or met changed.
+    are added); ``_Storages`` makes addresses proofs. Not seen between two calls of the same graph: a write through ``p.data``
+    that keeps the address, such as ``p.data.add_(...)``; call ``refresh()`` after one. ``on_new(args)`` is called when
+    parameters are met or met changed.
     """
 
     def __init__(self, units: Sequence[Unit], watched: Sequence[int], on_new: Callable[[Sequence[Any]], None]) -> None:
@@ -275,9 +280,46 @@ class FoldedWeights:
             mine = [args[i] for i in unit.inputs]
             values += CACHE.get(unit, mine, first=not seen)
         guards = tuple(weakref.ref(p, lambda _: self._known.pop(key, None)) for p in parameters)
+        STORAGES.hold(parameters, self)
         self._known[key] = _Known(state, values, _generation, guards)
         self._on_new(args)
         return values
+
+
+    def forget(self) -> None:
+        """Look at every parameter anew on the next call."""
+        self._known.clear()
+
+
+class _Storages:
+    """Keeps the storage that each parameter had when it was folded, so that no other can come to lie at its address.
+
+    Without it ``p.data = a; p.data = b`` might put ``b`` where the folded one was, and an address would prove nothing. When a
+    parameter is met with another storage, the old one is let go and all graphs that read the parameter look at it anew.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[Tensor], torch.UntypedStorage, weakref.WeakSet[FoldedWeights]]] = {}
+        self._lock = threading.RLock()
+
+    def hold(self, parameters: Sequence[Tensor], graph: FoldedWeights) -> None:
+        """Keep the storages that ``parameters`` have now, on behalf of ``graph``."""
+        with self._lock:
+            for parameter in parameters:
+                key, storage = id(parameter), parameter.untyped_storage()
+                held = self._held.get(key)
+                if held is None or held[1]._cdata != storage._cdata:
+                    for other in () if held is None else tuple(held[2]):
+                        other.forget()
+                    alive = weakref.ref(parameter, partial(self._let_go, key))
+                    held = self._held[key] = (alive, storage, weakref.WeakSet())
+                held[2].add(graph)
+
+    def _let_go(self, key: int, _: object) -> None:
+        self._held.pop(key, None)
+
+
+STORAGES = _Storages()
 
 
 def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

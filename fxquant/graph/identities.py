@@ -73,7 +73,7 @@ def sides(op: Any, law: Law, new: New, call: Callable[..., Any]) -> tuple[Any, A
 
 def difference(op: Any, law: Law) -> list[Any]:
     """Left side less right side, entry by entry, simplified by SymPy."""
-    import sympy  # type: ignore[import-untyped]  # it ships no types
+    import sympy
 
     left, right = sides(op, law, _Symbols(), lambda op, given: _example(op, law).meaning(*given))
     pairs = zip(np.ravel(np.asarray(left, dtype=object)), np.ravel(np.asarray(right, dtype=object)), strict=True)

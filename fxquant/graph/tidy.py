@@ -84,8 +84,11 @@ def _known_equal(a: list[Any], b: list[Any]) -> bool:
     """Equal without adding a guard on a symbolic size."""
     if len(a) != len(b):
         return False
-    same = (m is n or (isinstance(m, int) and isinstance(n, int) and m == n) or str(m) == str(n) for m, n in zip(a, b, strict=True))
-    return all(same)
+
+    def equal(m: Any, n: Any) -> bool:
+        return m is n or (isinstance(m, int) and isinstance(n, int) and m == n) or str(m) == str(n)
+
+    return all(map(equal, a, b))
 
 
 def _adds_zero(node: fx.Node) -> bool:

@@ -1,0 +1,95 @@
+"""The attention kernel is PyTorch's attention, whatever the mask, the strides and the type."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fxquant.backend.cpu import build, ops
+
+pytestmark = pytest.mark.skipif(
+    bool(build.why_not()) or not torch.cpu._is_vnni_supported(),
+    reason=f"no C++ kernels here: {build.why_not() or 'no AVX512-VNNI'}",
+)
+
+# Rounding of the result in its own type, and a few in float32; relative to the largest value, of which the result is a mean.
+CLOSE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+MASKS = {
+    "none": lambda b, h, n, t: None,
+    "bool": lambda b, h, n, t: torch.rand(b, 1, n, t) > 0.3,
+    "keys": lambda b, h, n, t: torch.rand(b, 1, 1, t) > 0.3,
+    "two axes": lambda b, h, n, t: torch.rand(1, t) > 0.3,
+    "float": lambda b, h, n, t: torch.randn(b, h, n, t),
+    "transposed": lambda b, h, n, t: torch.randn(t, n).t(),
+    "one number": lambda b, h, n, t: torch.randn(1, h, n, 1),
+}
+
+
+@given(
+    st.integers(1, 2), st.integers(1, 3), st.integers(1, 2), st.integers(1, 40), st.integers(1, 150), st.integers(1, 90),
+    st.sampled_from(sorted(MASKS)), st.booleans(), st.sampled_from(list(CLOSE)), st.integers(0, 2**16),
+)  # fmt: skip
+def test_it_is_attention(
+    b: int, g: int, per: int, n: int, t: int, d: int, kind: str, joined: bool, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    h = g * per
+
+    def make(heads: int, size: int) -> torch.Tensor:
+        x = torch.randn(b, size, heads, d).transpose(1, 2) if joined else torch.randn(b, heads, size, d)
+        return x.to(dtype)
+
+    q, k, v = make(h, n), make(g, t), make(g, t)
+    mask = MASKS[kind](b, h, n, t)
+    mask = mask.to(dtype) if mask is not None and mask.dtype is not torch.bool else mask
+    wide = mask if mask is None or mask.dtype is torch.bool else mask.double()
+    for causal in (False, True) if mask is None else (False,):
+        y = ops.attention(q, k, v, mask, causal, 1 / math.sqrt(d))
+        expected = ops.attention_reference(q.double(), k.double(), v.double(), wide, causal, 1 / math.sqrt(d))
+        assert y.shape == expected.shape and y.dtype == dtype
+        assert (y.double() - expected.nan_to_num()).abs().max() <= CLOSE[dtype] * v.abs().max()
+
+
+def test_a_row_that_is_masked_throughout_is_zero() -> None:
+    q = torch.randn(1, 1, 9, 8)
+    mask = torch.ones(9, 9, dtype=torch.bool)
+    mask[4] = False
+    y = ops.attention(q, q, q, mask, False, 1.0)
+    assert bool((y[0, 0, 4] == 0).all()) and bool((y[0, 0, 5] != 0).all())
+
+
+def test_a_nan_stays_in_its_query() -> None:
+    q, kv = torch.randn(1, 1, 9, 8), torch.randn(1, 1, 20, 8)
+    q[0, 0, 3, 2] = float("nan")
+    y = ops.attention(q, kv, kv, None, False, 1.0)
+    assert y.isnan().any(-1).flatten().tolist() == [i == 3 for i in range(9)]
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    q, threads, found = torch.randn(1, 2, 200, 32), torch.get_num_threads(), []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        found.append(ops.attention(q, q, q, None, True, 0.2))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_the_pipeline_uses_it_where_there_are_queries_enough(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    for queries, used in ((16, True), (4, False)):
+        torch._dynamo.reset()
+        model, folder = Attention().eval(), tmp_path / str(queries)
+        model.compile(backend="outlierq", options={"inductor": False, "trace": str(folder)})
+        q = torch.randn(1, 2, queries, 16)
+        expected = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        torch.testing.assert_close(model(q, q, q), expected)
+        (lowered,) = folder.glob("*/*_lowered.py")
+        assert ("fxquant.attention" in lowered.read_text()) == used
