@@ -72,7 +72,7 @@ def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], 
     return notes
 
 
-def balance(gm: fx.GraphModule, fuel: Fuel, *, alpha: float = 0.5, reach: float = 3.0) -> list[Note]:
+def balance(gm: fx.GraphModule, fuel: Fuel, *, alpha: float = 0.6, reach: float = 0.5) -> list[Note]:
     """Smooth behind every norm without data: a token is taken to reach ``reach`` standard deviations in every channel."""
     notes = []
     for norm in norms_with_gain(gm):
