@@ -47,6 +47,7 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
     stages.show("lowered", tidy(graph))
     folded = fold(graph)
     stages.show("folded", folded.runtime, f"{len(folded.units)} units of weights were split off")
+    stages.tell(fuel)
     run = compile_runtime(folded.runtime, settings.inductor)
 
     artifact = _artifact(settings, sites, notes, kernels)

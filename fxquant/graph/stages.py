@@ -5,6 +5,9 @@ from pathlib import Path
 
 from torch import fx
 
+from .capture import Parameter
+from .fuel import Fuel
+
 _numbers = itertools.count()
 
 _HEADER = '''"""{stage}: graph {graph}, {nodes} nodes{note}."""
@@ -30,5 +33,13 @@ class Stages:
         gm.recompile()
         note = f"; {note}" if note else ""
         header = _HEADER.format(stage=stage, graph=self._folder.name, nodes=len(gm.graph.nodes), note=note)
+        named = [(n, p) for n in gm.graph.find_nodes(op="placeholder") if (p := Parameter.of(n)) is not None]
+        header += "".join(f"# {node.name}: {parameter.path}\n" for node, parameter in named) + "\n"
         path = self._folder / f"{next(self._count):02d}_{stage}.py"
         path.write_text(header + gm.code.lstrip())
+
+    def tell(self, fuel: Fuel) -> None:
+        """Write which rewrites happened, numbered as ``FXQUANT_FUEL`` counts them."""
+        if self._folder is not None:
+            lines = [f"{number} {name}\n" for number, name in enumerate(fuel.log, 1)]
+            (self._folder / "rewrites.txt").write_text("".join(lines))
