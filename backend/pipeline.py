@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import GradientError
-from fxquant.graph.capture import capture
+from fxquant.graph.capture import Parameter, capture
 from fxquant.graph.equivalence import Note
 from fxquant.graph.fold import FoldedWeights, fold
 from fxquant.graph.fuel import Fuel
@@ -17,6 +17,7 @@ from fxquant.graph.tidy import tidy
 from fxquant.patterns.annotate import Site, annotate, quantize
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.transforms import equalize
+from fxquant.recipe import Recipe, rule_names
 from fxquant.report import Artifact, GraphSite, register
 
 from .inductor import compile_runtime
@@ -32,6 +33,7 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
     stages, fuel, recipe = Stages(settings.trace), Fuel(settings.fuel), settings.recipe
 
     graph = tidy(capture(gm))
+    reads = [i for i, node in enumerate(graph.graph.find_nodes(op="placeholder")) if Parameter.of(node) is not None]
     stages.show("captured", graph)
     graph = canonicalize(graph, fuel)
     stages.show("canonical", graph)
@@ -50,10 +52,11 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
     stages.tell(fuel)
     run = compile_runtime(folded.runtime, settings.inductor)
 
-    artifact = _artifact(settings, sites, notes, kernels)
+    artifact = Artifact(recipe, tuple(_graph_site(site, kernels.get(site.key), recipe) for site in sites), tuple(notes), reads)
     register(artifact)
     _warn_of_what_was_not_done(artifact)
-    return CompiledGraph(run, FoldedWeights(folded.units, artifact.watched, artifact.meet), folded.kept, artifact)
+    weights = FoldedWeights(folded.units, [i for site in sites for i in site.arguments], artifact.meet)
+    return CompiledGraph(run, weights, folded.kept, artifact)
 
 
 class CompiledGraph:
@@ -103,16 +106,19 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
-def _artifact(settings: Settings, sites: Sequence[Site], notes: Sequence[Note], kernels: dict[str, Lowered]) -> Artifact:
-    rows = tuple(_graph_site(site, kernels.get(site.key)) for site in sites)
-    watched = tuple(sorted({i for site in sites for i in site.arguments}))
-    return Artifact(settings.recipe, rows, tuple(notes), watched)
-
-
-def _graph_site(site: Site, lowered: Lowered | None) -> GraphSite:
-    reason = site.reason or ("" if lowered else "no kernel took it")
-    kernel = lowered.kernel if lowered else ""
-    return GraphSite(site.path, site.op, site.argument, site.elements, site.counted, site.spelled, kernel, reason, site.noise)
+def _graph_site(site: Site, lowered: Lowered | None, recipe: Recipe) -> GraphSite:
+    return GraphSite(
+        path=site.path,
+        op=site.op,
+        argument=site.argument,
+        elements=site.elements,
+        counted=site.counted,
+        spec=site.spelled,
+        kernel=lowered.kernel if lowered else "",
+        reason=site.reason or ("" if lowered else "no kernel took it"),
+        ignored_by=tuple(rule for rule in recipe.ignore if any(rule_names(rule, name) for name in site.names)),
+        noise=site.noise,
+    )
 
 
 def _warn_of_what_was_not_done(artifact: Artifact) -> None:

@@ -42,7 +42,12 @@ class Settings:
         recipe = recipe.replace(**{k: given[k] for k in ("ignore", "ranges", "transforms") if k in given})
         fuel = _typed(given, "fuel", int, os.environ.get("FXQUANT_FUEL"))
         trace = _typed(given, "trace", str, os.environ.get("FXQUANT_TRACE"))
-        fuel = None if fuel is None else int(fuel)
+        try:
+            fuel = None if fuel is None else int(fuel)
+        except ValueError:
+            raise RecipeError(f"FXQUANT_FUEL is {fuel!r}; a number of rewrites is needed") from None
+        if fuel is not None and fuel < 0:
+            raise RecipeError(f"option 'fuel' is {fuel}; a number of rewrites, 0 or more, is needed")
         if given.get("inductor") is False:
             return Settings(recipe, fuel, trace, False)
         patches = dict(_typed(given, "inductor", dict, None) or {})
@@ -56,7 +61,10 @@ def _recipe(given: Any) -> Recipe:
         return Recipe.from_dict(dict(given))
     if isinstance(given, Recipe):
         return given
-    raise RecipeError(f"option 'recipe' is a {type(given).__name__}; a preset name or Recipe(...).to_dict() is needed")
+    raise RecipeError(f"option 'recipe' is {given!r}; a preset name, a Recipe or its to_dict() is needed")
+
+
+_ARTICLE = {int: "an int", str: "a string", dict: "a dict"}
 
 
 def _pair(site: str, ends: Any) -> tuple[Any, Any]:
@@ -70,7 +78,7 @@ def _typed(given: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     if value is None:
         return default
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise RecipeError(f"option {key!r} is {value!r}; a {kind.__name__} is needed")
+        raise RecipeError(f"option {key!r} is {value!r}; {_ARTICLE[kind]} is needed")
     return value
 
 

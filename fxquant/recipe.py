@@ -139,7 +139,7 @@ class Recipe:
         in it: ``"mlp.up"`` names ``layers.0.mlp.up.weight``, ``"layers.0"`` that whole layer, ``"head"`` not ``lm_head``.
         ``"re:..."`` is a regular expression, searched for in the name with and without a final ``.weight``.
         """
-        return next((rule for rule in self.ignore if _names_site(rule, site)), None)
+        return next((rule for rule in self.ignore if rule_names(rule, site)), None)
 
     def given_range(self, site: str) -> tuple[float, float] | None:
         """(lo, hi) that ``ranges`` lists for ``site`` (a final ``.weight`` may be left out on either side), or None."""
@@ -272,7 +272,8 @@ def _check_rule(rule: str) -> None:
             raise RecipeError(f"the ignore rule {rule!r} is no regular expression: {error}") from None
 
 
-def _names_site(rule: str, site: str) -> bool:
+def rule_names(rule: str, site: str) -> bool:
+    """Whether an ignore rule names a site, as ``Recipe.ignores`` says."""
     if rule.startswith("re:"):
         return any(re.search(rule[3:], name) for name in (site, site.removesuffix(".weight")))
     return f".{rule}." in f".{site}."

@@ -1,9 +1,11 @@
 """What was done to a model, site by site: ``print(fxquant.explain(model))``."""
 
+import itertools
 import math
+import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,13 +37,19 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What one model's compiled graphs do; ``str(report)`` is for reading."""
+    """What one model's compiled graphs do; ``str(report)`` is for reading, with equal layers on one line.
+
+    ``unmet`` names the weights (of two axes or more) that no compiled graph has met: modules that ran uncompiled, or not at all.
+    ``unused`` are the recipe's ignore rules that name no site.
+    """
 
     recipe: str
     graphs: int
     sites: tuple[SiteReport, ...]
     transforms: tuple[Note, ...]
     note: str = ""
+    unmet: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -58,19 +66,61 @@ class Report:
         lines = [
             f"outlierq: recipe {self.recipe}, {self.graphs} graph{'s' * (self.graphs != 1)}, "
             f"{quantized} of {products} products quantized, {100 * self.coverage:.1f}% of their weight elements",
-            "",
         ]
-        lines += _table([("site", "op", "spec", "kernel", "weight SQNR")] + [_row(s) for s in self.sites])
+        if self.unmet:
+            shown = ", ".join(dict.fromkeys(map(_layers, self.unmet)))
+            lines.append(f"{len(self.unmet)} weights were met by no compiled graph, so they ran uncompiled or not at all: {shown}")
+        if self.unused:
+            lines.append(f"ignore rules that name no site: {', '.join(map(repr, self.unused))}")
+        done = [s for s in self.sites if s.status == "quantized"]
+        if done:
+            lines += ["", *_table([("site", "op", "spec", "kernel", "weight SQNR"), *_rows(done)])]
+        skipped = [s for s in self.sites if s.status != "quantized"]
+        if skipped:
+            lines += ["", "in floating point", *_table(_skipped(skipped), indent="  ")]
         if self.transforms:
-            lines += ["", "transforms"]
-            lines += _table([(n.transform, n.where, n.outcome, n.reason) for n in self.transforms], indent="  ")
+            lines += ["", "transforms", *_table(_moved(self.transforms), indent="  ")]
         return "\n".join(lines)
 
 
-def _row(site: SiteReport) -> tuple[str, ...]:
-    if site.status != "quantized":
-        return (site.name, site.op, "-", f"skipped: {site.reason}", "")
-    return (site.name, site.op, site.spec, site.kernel, "" if site.sqnr is None else f"{site.sqnr:.1f} dB")
+def _layers(name: str) -> str:
+    """``encoder.layer.3.up.weight`` -> ``encoder.layer.*.up.weight``: the name that equal layers share."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _grouped(items: Iterable[Any], key: Callable[[Any], tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    yield from groups.items()
+
+
+def _counted_name(name: str, sites: Sequence[Any], own: str) -> str:
+    return own if len(sites) == 1 else f"{name} ({len(sites)})"
+
+
+def _rows(sites: Sequence[SiteReport]) -> list[tuple[str, ...]]:
+    rows = []
+    for (name, op, spec, kernel), group in _grouped(sites, lambda s: (_layers(s.name), s.op, s.spec, s.kernel)):
+        noise = sorted(s.sqnr for s in group if s.sqnr is not None)
+        ends = [f"{n:.1f}" for n in (noise[:1] + noise[-1:])]
+        decibel = f"{' to '.join(dict.fromkeys(ends))} dB" if noise else ""
+        rows.append((_counted_name(name, group, group[0].name), op, spec, kernel, decibel))
+    return rows
+
+
+def _skipped(sites: Sequence[SiteReport]) -> list[tuple[str, ...]]:
+    groups = _grouped(sites, lambda s: (_layers(s.name), s.op, s.reason))
+    return [(_counted_name(name, group, group[0].name), op, reason) for (name, op, reason), group in groups]
+
+
+def _moved(notes: Sequence[Note]) -> list[tuple[str, ...]]:
+    groups = _grouped(notes, lambda n: (n.transform, _layers(n.where), n.outcome, _layers(_unnumbered(n.reason))))
+    return [(t, _counted_name(where, group, group[0].where), outcome, group[0].reason) for (t, where, outcome, _), group in groups]
+
+
+def _unnumbered(reason: str) -> str:
+    return re.sub(r"_\d+(?=')", "", reason)
 
 
 def _table(rows: Sequence[tuple[str, ...]], indent: str = "") -> list[str]:
@@ -83,7 +133,7 @@ class GraphSite:
     """A site of one compiled graph, before it is known whose parameters it reads.
 
     ``argument`` is the position of the parameter among the graph's arguments, ``path`` its name below what was compiled;
-    ``noise`` maps the graph's arguments, by position and no more than the unit reads, to the weight's SQNR in dB.
+    ``ignored_by`` are the recipe's rules that name it; ``noise`` maps the graph's arguments, by position and no more than the unit reads, to the weight's SQNR in dB.
     """
 
     path: str
@@ -94,23 +144,28 @@ class GraphSite:
     spec: str = ""
     kernel: str = ""
     reason: str = ""
+    ignored_by: tuple[str, ...] = ()
     noise: Callable[[Mapping[int, Tensor]], float] | None = None
 
 
 @dataclass(eq=False)
 class Artifact:
-    """One compiled graph: its sites, its transforms, and the parameters that it has met."""
+    """One compiled graph: its sites, its transforms, and the parameters that it has met.
+
+    ``reads`` are the positions of the parameters (and buffers) among its arguments; ``number`` grows with every graph.
+    """
 
     recipe: Recipe
     sites: tuple[GraphSite, ...]
     transforms: tuple[Note, ...]
-    watched: tuple[int, ...]
+    reads: Sequence[int]
     met: dict[tuple[int, ...], dict[int, "weakref.ref[Tensor]"]] = field(default_factory=dict)
+    number: int = field(default_factory=itertools.count().__next__)
 
     def meet(self, args: Sequence[Any]) -> None:
         """Remember, weakly, the parameters of this call."""
-        refs = {i: weakref.ref(args[i]) for i in self.watched}
-        self.met[tuple(id(args[i]) for i in self.watched)] = refs
+        refs = {i: weakref.ref(args[i]) for i in self.reads}
+        self.met[tuple(id(args[i]) for i in self.reads)] = refs
 
     def parameters(self) -> Iterator[dict[int, Tensor]]:
         """The parameters met so far that are still alive, one mapping (argument -> tensor) per set."""
@@ -137,33 +192,43 @@ def explain(model: nn.Module) -> Report:
 
     >>> model.compile(backend="outlierq"); model(**batch); print(fxquant.explain(model))     # doctest: +SKIP
     """
-    names = {id(p): name for name, p in _named_tensors(model)}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain() was given a {type(model).__name__}; the model that was compiled is needed")
+    tensors = _named_tensors(model)
+    names = {id(p): name for name, p in tensors}
     with _lock:
-        artifacts = list(_artifacts)
-    sites: dict[tuple[str, str], SiteReport] = {}
-    notes: list[Note] = []
-    recipes: list[str] = []
-    graphs = 0
-    for artifact in artifacts:
-        mine = [args for args in artifact.parameters() if any(id(t) in names for t in args.values())]
-        graphs += bool(mine)
-        if mine:
-            recipes.append(artifact.recipe.name)
-            notes += artifact.transforms
-        for args in mine:
+        artifacts = sorted(_artifacts, key=lambda artifact: artifact.number)
+    sites: dict[tuple[str, str], tuple[Artifact, SiteReport]] = {}
+    for artifact in artifacts:  # a later compilation replaces an earlier one, site by site
+        for args in artifact.parameters():
             for site in artifact.sites:
-                name = names.get(id(args[site.argument]), site.path)
-                sites[name, site.op] = _site_report(site, name, args)
-    if not graphs:
-        note = (
-            "outlierq: nothing of this model has run compiled. Call model.compile(backend='outlierq') and then the model; "
-            "note that torch.compile(model).generate runs the uncompiled model."
-        )
-        return Report("none", 0, (), (), note)
-    order = {name: i for i, (name, _) in enumerate(_named_tensors(model))}
-    found = sorted(sites.values(), key=lambda s: order.get(s.name, len(order)))
-    unique = tuple(dict.fromkeys(notes))
-    return Report(" and ".join(dict.fromkeys(recipes)), graphs, tuple(found), unique)
+                if (name := names.get(id(args[site.argument]))) is not None:
+                    sites[name, site.op] = artifact, _site_report(site, name, args)
+    if not sites:
+        bare = type(model).__module__.startswith("torch.nn")
+        return Report("none", 0, (), (), _NOTHING + (_BARE.format(type(model).__name__) if bare else ""))
+    order = {name: i for i, (name, _) in enumerate(tensors)}
+    found = sorted((site for _, site in sites.values()), key=lambda s: order.get(s.name, len(order)))
+    alive = sorted({artifact for artifact, _ in sites.values()}, key=lambda artifact: artifact.number)
+    rules = {rule for artifact in alive for rule in artifact.recipe.ignore}
+    used = {rule for artifact in alive for site in artifact.sites for rule in site.ignored_by}
+    met = {id(t) for artifact in alive for args in artifact.parameters() for t in args.values()}
+    unmet = tuple(name for name, t in tensors if isinstance(t, nn.Parameter) and t.ndim > 1 and id(t) not in met)
+    return Report(
+        recipe=" and ".join(dict.fromkeys(artifact.recipe.name for artifact in alive)),
+        graphs=len(alive),
+        sites=tuple(found),
+        transforms=tuple(dict.fromkeys(note for artifact in alive for note in artifact.transforms)),
+        unmet=unmet,
+        unused=tuple(sorted(rules - used)),
+    )
+
+
+_NOTHING = (
+    "outlierq: nothing of this model has run compiled. Call model.compile(backend='outlierq') and then the model; "
+    "note that torch.compile(model).generate runs the uncompiled model."
+)
+_BARE = " A bare {} is never captured by model.compile(), whatever the backend: put it in a module of your own."
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Say which edges of a graph are quantized and how: every product with a parameter is a Site, quantized or with a reason."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,7 @@ SITE = "fxquant_site"  # the key of the site that a node computes, in its meta
 class Site:
     """One product (or listed look-up) of a graph that reads a parameter.
 
-    ``path`` is the parameter's name, ``argument`` its position among the graph's arguments, ``arguments`` all the positions
+    ``path`` is the parameter's name, ``names`` all that a rule may call it (a tied head has that of its module too), ``argument`` its position among the graph's arguments, ``arguments`` all the positions
     that its weight expression reads; ``reason`` says why it stays in floating point (empty: it is quantized).
     """
 
@@ -43,6 +44,7 @@ class Site:
     activation: Spec | None = None
     weight: Spec | None = None
     reason: str = ""
+    names: tuple[str, ...] = ()
     noise: Callable[[Mapping[int, Tensor]], float] | None = None
 
     @property
@@ -65,6 +67,7 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel) -> list[Site]:
         assert root is not None  # it reads parameters
         path, arguments = reads[root].path, tuple(sorted(inputs[n] for n in reads))
         site = Site(f"{number}:{path}", path, kind, inputs[root], arguments, value(weight).numel(), _counted(kind))
+        site = replace(site, names=tuple(dict.fromkeys((path, *_module_names(node)))))
         site = _decide(site, node, weight, recipe)
         if not site.reason and not fuel.take(f"quantize {path}"):
             site = replace(site, reason="out of fuel")
@@ -100,7 +103,7 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
     def refuse(reason: str) -> Site:
         return replace(site, reason=reason)
 
-    if rule := recipe.ignores(site.path):
+    if rule := next(filter(None, map(recipe.ignores, site.names)), None):
         return refuse(f"ignored by {rule!r}")
     if site.op == "embedding":
         return refuse("a look-up reads one row per token and multiplies nothing")
@@ -123,13 +126,24 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
         if not value(node.args[0]).is_floating_point():
             return refuse(f"the activation has dtype {value(node.args[0]).dtype}")
         if activation.range == Given():
-            given = recipe.given_range(site.path)
+            given = next(filter(None, map(recipe.given_range, site.names)), None)
             if given is None:
                 return refuse("the recipe is static and gives no range for this site; add it to ranges")
             activation = replace(activation, range=Given(*given))
         if reason := activation.granularity.refusal(value(node.args[0]).shape):
             return refuse(reason)
     return replace(site, weight=weight_spec, activation=activation)
+
+
+def _module_names(node: fx.Node) -> list[str]:
+    """The weight's name as the module calls it that computes the product: ``lm_head.weight``, though the table is tied."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return []
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path.removeprefix("L['self']"))
+    path = re.sub(r"\._modules(?=\.)", "", path).strip(".")
+    return [f"{path}.weight"] if path else []
 
 
 def _counted(kind: str) -> bool:

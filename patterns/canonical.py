@@ -90,6 +90,7 @@ def substitute(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Tensor], *ar
         return result if result.dtype == dtype else result.to(dtype)
 
     new: fx.Node = splice(gm, node, in_the_same_dtype, *args, memo=None if memo is None else (memo, dtype))
+    new.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))  # whose product it is: rules may say so
     node.replace_all_uses_with(new)
     erase(gm, node)
     return new

@@ -122,11 +122,11 @@ def test_options_are_read_early_and_refused_by_name() -> None:
         Settings.read(None, {"recipi": "W8A8"})
     with pytest.raises(fxquant.RecipeError, match=r"no recipe 'W8A9'.*did you mean 'W8A8'"):
         Settings.read(None, {"recipe": "W8A9"})
-    with pytest.raises(fxquant.RecipeError, match="option 'recipe' is a int"):
+    with pytest.raises(fxquant.RecipeError, match="option 'recipe' is 8; a preset name"):
         Settings.read(None, {"recipe": 8})
     with pytest.raises(fxquant.RecipeError, match="is a tensor"):
         Settings.read(None, {"ranges": [["up", torch.tensor(0.0), 1.0]]})
-    with pytest.raises(fxquant.RecipeError, match="option 'fuel' is '3'; a int is needed"):
+    with pytest.raises(fxquant.RecipeError, match="option 'fuel' is '3'; an int is needed"):
         Settings.read(None, {"fuel": "3"})
 
 
@@ -272,3 +272,36 @@ def test_fuel_lets_only_the_first_rewrites_happen() -> None:
     expected = block(x)
     errors = [error(compiled(block, fuel=fuel)(x), expected) for fuel in (0, 1000)]
     assert errors[0] < 1e-6 < errors[1]
+
+
+@torch.no_grad()
+def test_a_later_compilation_is_the_one_explained() -> None:
+    block = Block(width=128)
+    data = torch.randn(2, 5, 128)
+    compiled(block)(data)
+    block.compile(backend="outlierq", options={**EAGER, "recipe": "W4A16"})
+    block(data)
+    report = fxquant.explain(block)
+    assert report.recipe == "W4A16"
+    assert {site.spec for site in report.sites} == {"W uint4 per group of 128"}
+
+
+@torch.no_grad()
+def test_what_no_graph_has_met_and_rules_that_name_nothing_are_told() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(), Block()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    torch._dynamo.reset()
+    model = Two().eval()
+    model.first.compile(backend="outlierq", options={**EAGER, "ignore": ["nosuch"]})
+    model(x)
+    report = fxquant.explain(model)
+    assert report.unmet == ("second.up.weight", "second.down.weight")
+    assert report.unused == ("nosuch",)
+    assert "2 weights were met by no compiled graph" in str(report)
+    assert "ignore rules that name no site: 'nosuch'" in str(report)

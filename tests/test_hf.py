@@ -98,7 +98,8 @@ def test_a_wrapped_model_is_explained_too() -> None:
     wrapped = torch.compile(model, backend="outlierq", options=OPTIONS)
     wrapped(ids)
     assert str(fxquant.explain(wrapped)) == str(fxquant.explain(model))
-    assert "encoder.layer.0.output.dense.weight" in str(fxquant.explain(wrapped))
+    assert "encoder.layer.*.output.dense.weight (2)" in str(fxquant.explain(wrapped))
+    assert fxquant.explain(wrapped).unmet == ()
 
 
 @torch.no_grad()
@@ -131,3 +132,27 @@ def test_autocast_gives_the_types_that_it_gives_without_us() -> None:
         got = model(x)
     assert [t.dtype for t in got] == [t.dtype for t in expected] == [torch.bfloat16] * 2
     assert all(error(a, b) < 0.02 for a, b in zip(got, expected, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["lm_head", "lm_head.weight", "transformer.wte", "re:lm_head"])
+def test_a_tied_head_goes_by_both_of_its_names(rule: str) -> None:
+    torch._dynamo.reset()
+    config = T.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=97, bos_token_id=1, eos_token_id=2)
+    model = T.GPT2LMHeadModel(config).eval()
+    model.compile(backend="outlierq", options={**OPTIONS, "ignore": [rule]})
+    model(ids)
+    (head,) = (site for site in fxquant.explain(model).sites if site.name == "transformer.wte.weight" and site.counted)
+    assert head.reason == f"ignored by {rule!r}"
+
+
+@torch.no_grad()
+def test_a_product_goes_by_the_name_of_its_module_after_rewriting() -> None:
+    torch._dynamo.reset()
+    config = T.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97, bos_token_id=1, eos_token_id=2)
+    model = T.GPT2LMHeadModel(config).eval()
+    model.compile(backend="outlierq", options={**OPTIONS, "ignore": ["h.1.mlp"]})
+    model(ids)
+    skipped = {site.name for site in fxquant.explain(model).sites if site.counted and site.status == "skipped"}
+    assert skipped == {"transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_proj.weight"}
+    assert "transformer.h.0.mlp.c_fc.weight" in str(fxquant.explain(model))  # alone in its row, so by its full name

@@ -55,7 +55,7 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
 
 def trace(fn: Callable[..., Any], values: Sequence[Any], mode: FakeTensorMode, *, pre_dispatch: bool = True) -> fx.GraphModule:
     """Trace ``fn`` on fake ``values`` into pre-dispatch ATen: the one tracer of the house (models, patterns and rewrites)."""
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), torch.fx.traceback.preserve_node_meta():
         gm = make_fx(fn, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(*values)
     gm.meta["fake_mode"] = mode
     return gm

@@ -53,8 +53,9 @@ class Applied:
         took = f"{len(readers)} reader{'s' * (len(readers) != 1)} took it: {names}"
         if not self.explicit:
             return Note(transform, where, "absorbed", took)
-        left = ", ".join(f"'{node.name}'" for node in self.explicit)
-        return Note(transform, where, "explicit", f"{took}; left over: {left}")
+        count = len(self.explicit)
+        ops = "one op" if count == 1 else f"{count} ops"
+        return Note(transform, where, "explicit", f"{took}; costs {ops} at run time")
 
 
 def apply(
