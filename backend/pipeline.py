@@ -9,11 +9,10 @@ from torch import Tensor, fx
 
 from fxquant.errors import GradientError
 from fxquant.graph.capture import Parameter, capture
-from fxquant.graph.equivalence import Note
 from fxquant.graph.fold import FoldedWeights, fold
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.stages import Stages
-from fxquant.graph.tidy import tidy
+from fxquant.graph.tidy import tidy, views_that_may_copy
 from fxquant.patterns.annotate import Site, annotate, quantize
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.transforms import equalize
@@ -46,7 +45,7 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
     kernels = lower(graph, KERNELS, fuel)
     fuse_norms(graph, fuel)
     lower_attention(graph, fuel)
-    stages.show("lowered", tidy(graph))
+    stages.show("lowered", tidy(views_that_may_copy(graph)))
     folded = fold(graph)
     stages.show("folded", folded.runtime, f"{len(folded.units)} units of weights were split off")
     stages.tell(fuel)
@@ -56,18 +55,27 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
     register(artifact)
     _warn_of_what_was_not_done(artifact)
     weights = FoldedWeights(folded.units, [i for site in sites for i in site.arguments], artifact.meet)
-    return CompiledGraph(run, weights, folded.kept, artifact)
+    return CompiledGraph(run, weights, folded.kept, _differentiable(gm), artifact)
 
 
 class CompiledGraph:
-    """What Dynamo calls: checks the folded weights, runs the runtime graph, and answers a gradient with an error."""
+    """What Dynamo calls: checks the folded weights, runs the runtime graph, and answers a gradient with an error.
+
+    ``differentiable`` numbers the outputs that would have a gradient in the model as it was.
+    """
 
     def __init__(
-        self, run: Callable[..., Sequence[Any]], weights: FoldedWeights, kept: Sequence[int], artifact: Artifact
+        self,
+        run: Callable[..., Sequence[Any]],
+        weights: FoldedWeights,
+        kept: Sequence[int],
+        differentiable: Sequence[int],
+        artifact: Artifact,
     ) -> None:
         self._run = run
         self._weights = weights
         self._kept = tuple(kept)
+        self._differentiable = tuple(differentiable)
         self.artifact = artifact  # alive as long as the graph is, so that explain() finds it
 
     def __call__(self, *args: Any) -> Any:
@@ -75,28 +83,36 @@ class CompiledGraph:
         wants_gradients = torch.is_grad_enabled()
         with torch.no_grad():
             out = self._run(*[args[i] for i in self._kept], *folded)
-        if not wants_gradients:
-            return out
-        anchor = next((a for a in args if isinstance(a, Tensor) and a.requires_grad), None)
-        return out if anchor is None else _InferenceOnly.guard(anchor, out)
+        anchor = next((a for a in args if isinstance(a, Tensor) and a.requires_grad), None) if wants_gradients else None
+        if anchor is not None:
+            given = {id(a) for a in args}
+            return _InferenceOnly.guard(anchor, out, [i for i in self._differentiable if id(out[i]) not in given])
+        return out
+
+
+def _differentiable(gm: fx.GraphModule) -> list[int]:
+    """The outputs of Dynamo's graph that require a gradient."""
+    (outputs,) = gm.graph.output_node().args
+    examples = [o.meta.get("example_value") if isinstance(o, fx.Node) else None for o in outputs]  # type: ignore[union-attr]  # a tuple
+    return [i for i, e in enumerate(examples) if isinstance(e, Tensor) and e.is_floating_point() and e.requires_grad]
 
 
 class _InferenceOnly(torch.autograd.Function):
     """The identity, whose backward says that there is none."""
 
     @staticmethod
-    def guard(anchor: Tensor, out: Sequence[Any]) -> Sequence[Any]:
-        """``out`` with its floating-point tensors guarded; ``anchor`` is any tensor that requires gradients."""
-        guarded = [i for i, o in enumerate(out) if isinstance(o, Tensor) and o.is_floating_point()]
-        passed = _InferenceOnly.apply(anchor, *(out[i] for i in guarded))
+    def guard(anchor: Tensor, out: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
+        """``out`` with the tensors at ``positions`` guarded; ``anchor`` is any tensor that requires gradients."""
+        if not positions:
+            return out
         result = list(out)
-        for i, o in zip(guarded, passed, strict=True):
+        for i, o in zip(positions, _InferenceOnly.apply(anchor, [out[i] for i in positions]), strict=True):
             result[i] = o
         return tuple(result)
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(o.view_as(o) for o in outputs)
+    def forward(ctx: Any, anchor: Tensor, outputs: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(outputs)  # no arguments of the function, so they are not views of any
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

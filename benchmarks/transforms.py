@@ -29,7 +29,7 @@ STRENGTHS = ((0.5, 0.25), (0.5, 1.0), (0.5, 3.0), (0.75, 0.5), (0.75, 1.0))
 
 
 def cases(assets: Any) -> Iterator[Case]:
-    """A post-norm encoder, a vision transformer, a causal model with massive activations: name, model, inputs, what is compared."""
+    """A post-norm encoder, a vision transformer, a causal model with massive activations; and what is compared."""
     model, tokenizer = assets.minilm()
     batch = tokenizer([row[0] for row in assets.stsb("test")[:64]], padding=True, return_tensors="pt")
     kept = batch["attention_mask"].bool()

@@ -39,7 +39,7 @@ class SiteReport:
 class Report:
     """What one model's compiled graphs do; ``str(report)`` is for reading, with equal layers on one line.
 
-    ``unmet`` names the weights (of two axes or more) that no compiled graph has met: modules that ran uncompiled, or not at all.
+    ``unmet`` names the weights (of two axes or more) that no compiled graph has met: their modules ran uncompiled, or not.
     ``unused`` are the recipe's ignore rules that name no site.
     """
 
@@ -69,7 +69,8 @@ class Report:
         ]
         if self.unmet:
             shown = ", ".join(dict.fromkeys(map(_layers, self.unmet)))
-            lines.append(f"{len(self.unmet)} weights were met by no compiled graph, so they ran uncompiled or not at all: {shown}")
+            count = len(self.unmet)
+            lines.append(f"{count} weights were met by no compiled graph, so they ran uncompiled or not at all: {shown}")
         if self.unused:
             lines.append(f"ignore rules that name no site: {', '.join(map(repr, self.unused))}")
         done = [s for s in self.sites if s.status == "quantized"]
@@ -100,7 +101,7 @@ def _counted_name(name: str, sites: Sequence[Any], own: str) -> str:
 
 
 def _rows(sites: Sequence[SiteReport]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (name, op, spec, kernel), group in _grouped(sites, lambda s: (_layers(s.name), s.op, s.spec, s.kernel)):
         noise = sorted(s.sqnr for s in group if s.sqnr is not None)
         ends = [f"{n:.1f}" for n in (noise[:1] + noise[-1:])]
@@ -116,7 +117,7 @@ def _skipped(sites: Sequence[SiteReport]) -> list[tuple[str, ...]]:
 
 def _moved(notes: Sequence[Note]) -> list[tuple[str, ...]]:
     groups = _grouped(notes, lambda n: (n.transform, _layers(n.where), n.outcome, _layers(_unnumbered(n.reason))))
-    return [(t, _counted_name(where, group, group[0].where), outcome, group[0].reason) for (t, where, outcome, _), group in groups]
+    return [(t, _counted_name(where, g, g[0].where), outcome, g[0].reason) for (t, where, outcome, _), g in groups]
 
 
 def _unnumbered(reason: str) -> str:
@@ -133,7 +134,8 @@ class GraphSite:
     """A site of one compiled graph, before it is known whose parameters it reads.
 
     ``argument`` is the position of the parameter among the graph's arguments, ``path`` its name below what was compiled;
-    ``ignored_by`` are the recipe's rules that name it; ``noise`` maps the graph's arguments, by position and no more than the unit reads, to the weight's SQNR in dB.
+    ``ignored_by`` are the recipe's rules that name it; ``noise`` maps the graph's arguments, by position and no more than the
+    unit reads, to the weight's SQNR in dB.
     """
 
     path: str
@@ -164,8 +166,8 @@ class Artifact:
 
     def meet(self, args: Sequence[Any]) -> None:
         """Remember, weakly, the parameters of this call."""
-        refs = {i: weakref.ref(args[i]) for i in self.reads}
-        self.met[tuple(id(args[i]) for i in self.reads)] = refs
+        key = tuple(id(args[i]) for i in self.reads)
+        self.met[key] = {i: weakref.ref(args[i], lambda _: self.met.pop(key, None)) for i in self.reads}
 
     def parameters(self) -> Iterator[dict[int, Tensor]]:
         """The parameters met so far that are still alive, one mapping (argument -> tensor) per set."""

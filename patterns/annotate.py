@@ -30,8 +30,9 @@ SITE = "fxquant_site"  # the key of the site that a node computes, in its meta
 class Site:
     """One product (or listed look-up) of a graph that reads a parameter.
 
-    ``path`` is the parameter's name, ``names`` all that a rule may call it (a tied head has that of its module too), ``argument`` its position among the graph's arguments, ``arguments`` all the positions
-    that its weight expression reads; ``reason`` says why it stays in floating point (empty: it is quantized).
+    ``path`` is the parameter's name, ``names`` all that a rule may call it (a tied head has that of its module too),
+    ``argument`` its position among the graph's arguments, ``arguments`` all the positions that its weight expression reads;
+    ``reason`` says why it stays in floating point (empty: it is quantized).
     """
 
     key: str

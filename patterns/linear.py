@@ -246,6 +246,11 @@ def parameter_products(gm: fx.GraphModule) -> Iterator[ParameterProduct]:
         if node in weights and any(n in weights for n in node.all_input_nodes):
             rooted |= {node} if any(n in rooted for n in node.all_input_nodes) else set()
     for node in gm.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            for operand in node.all_input_nodes:
+                if operand in rooted and isinstance(value(operand), Tensor) and value(operand).dim() > 1:
+                    yield ParameterProduct(node, operand, f"unknown: {node.target}")
+            continue
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if (found := _product(node, rooted)) is not None:

@@ -257,8 +257,8 @@ def test_every_stage_is_written_and_runs(tmp_path: object) -> None:
         names = re.findall(r"^# (\w+): (\S+)$", path.read_text(), re.M)
         given = dict(names)
         inputs = inspect.signature(space["forward"]).parameters
-        parameters = dict(block.named_parameters())
-        results.append(space["forward"](*(None if i == "self" else parameters[given[i]] if i in given else x for i in inputs))[0])
+        known = {name: dict(block.named_parameters())[path] for name, path in given.items()} | {"self": None}
+        results.append(space["forward"](*(known.get(name, x) for name in inputs))[0])
     for result in results[1:4]:  # canonical, equalized and annotated compute what was captured
         torch.testing.assert_close(result, results[0])
     assert 0 < error(results[4], results[0]) < 0.01  # quantized

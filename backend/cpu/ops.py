@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, pad, relu, silu
 
+from fxquant.errors import FxquantError
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerToken
 
@@ -151,8 +152,11 @@ def attention_reference(
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, length, width = query.shape
+    groups, keys = key.shape[1:3]
+    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != width or not groups or heads % groups:
+        raise FxquantError(f"attention of {list(query.shape)} to {list(key.shape)} and {list(value.shape)}: sizes do not agree")
     if mask is not None:
-        mask = mask.expand(batch, heads, length, key.shape[2])
+        mask = mask.expand(batch, heads, length, keys)
         mask = mask if mask.stride(-1) in (0, 1) else mask.contiguous()
     out = query.new_empty((batch, length, heads, width))
     sizes = (ctypes.c_int64 * 6)(batch, heads, key.shape[1], length, key.shape[2], width)

@@ -12,6 +12,7 @@ from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
 from fxquant.graph.rewrite import replace
 from fxquant.graph.tidy import value
+from fxquant.patterns.linear import same_sizes
 
 from ..cpu import build, ops
 from .kernel import Claim
@@ -55,6 +56,12 @@ def supports(node: fx.Node) -> Claim | Miss:
         return Miss(f"the operands are {q.dtype}, {k.dtype} and {v.dtype}; one of float32, bfloat16, float16 is needed for all")
     if not all(isinstance(s, int) for t in (q, k, v) for s in (t.shape[1], t.shape[3])) or q.shape[3] != v.shape[3]:
         return Miss("the number of heads or their width is not fixed, or differs between keys and values")
+    heads, groups = q.shape[1], k.shape[1]
+    if not same_sizes(q.shape[:1] * 2, (k.shape[0], v.shape[0])) or groups != v.shape[1] or not groups or heads % groups:
+        shapes = [list(t.shape) for t in (q, k, v)]
+        return Miss(f"the operands broadcast, {shapes}; equal batches and grouped heads are needed")
+    if not same_sizes((k.shape[2],), (v.shape[2],)):
+        return Miss("the number of keys is not that of the values")
     if m is not None and (m.dtype not in (torch.bool, q.dtype) or m.dim() > 4):
         return Miss(f"the mask is {m.dtype} with {m.dim()} axes")
     if not isinstance(q.shape[2], int) or q.shape[2] < FEWEST_QUERIES:

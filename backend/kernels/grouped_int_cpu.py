@@ -11,7 +11,7 @@ from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerGroup, PerToken
 from fxquant.recipe import Spec
 
-from .int8_onednn import Int8Linear
+from .int8_onednn import Int8Linear, misfit
 from .kernel import Claim, Product
 
 MOST_GROUPS = 64  # one GEMM each; beyond this the float product is the better deal
@@ -33,6 +33,8 @@ class GroupedIntLinear:
             return Miss(f"weights are {w}, symmetric integers per group are needed")
         if not isinstance(w.granularity, PerGroup):
             return Miss(f"weights are {w}, symmetric integers per group are needed")
+        if reason := misfit(product):
+            return Miss(reason)
         groups = product.weight.shape[1] // w.granularity.size
         if groups > MOST_GROUPS:
             return Miss(f"{groups} groups, at most {MOST_GROUPS} pay")

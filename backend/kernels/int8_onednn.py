@@ -14,6 +14,18 @@ from fxquant.recipe import Spec
 
 from .kernel import Claim, Product
 
+MOST_INPUTS = (2**31 - 1) // (255 * 127)  # a sum of more products of u8 and s8 may not fit 32 bits
+
+
+def misfit(product: Product) -> str:
+    """Why the shapes of a product are not those of an integer linear layer; empty if they are."""
+    outputs, inner = product.weight.shape
+    if not 0 < inner <= MOST_INPUTS:
+        return f"the inner size is {inner}; 1 to {MOST_INPUTS} are needed for exact sums in 32 bits"
+    if product.bias is not None and tuple(product.bias.shape) != (outputs,):
+        return f"the bias has shape {list(product.bias.shape)}, [{outputs}] is needed"
+    return ""
+
 
 class Int8Linear:
     """Per-token or static per-tensor activations of up to 8 bits, per-channel weights of up to 8 bits."""
@@ -31,6 +43,8 @@ class Int8Linear:
             return Miss(f"activations are {x}, integers per token or per tensor are needed")
         if w is None or not isinstance(w.format, IntAffine) or not w.format.symmetric or w.granularity != PerChannel(0):
             return Miss(f"weights are {w}, symmetric integers per channel are needed")
+        if reason := misfit(product):
+            return Miss(reason)
         if product.weight.shape[1] < 2:
             return Miss("the inner size is 1, and oneDNN's integer GEMM needs 2 or more")
         return Claim(self.name)

@@ -10,6 +10,7 @@ from fxquant.numerics.granularity import PerChannel, PerTensor, PerToken
 from fxquant.recipe import Spec
 
 from ..cpu import build, ops
+from .int8_onednn import misfit
 from .kernel import Claim, Product
 
 
@@ -31,6 +32,8 @@ class Int8VnniLinear:
             return Miss(f"activations have dtype {product.x.dtype}; float32, bfloat16 or float16 is needed")
         if product.bias is not None and product.bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Miss(f"the bias has dtype {product.bias.dtype}; float32, bfloat16 or float16 is needed")
+        if reason := misfit(product):
+            return Miss(reason)
         if x is None or not isinstance(x.format, IntAffine) or not isinstance(x.granularity, PerToken | PerTensor):
             return Miss(f"activations are {x and x.brief}, integers per token or per tensor are needed")
         if isinstance(x.granularity, PerTensor) and not x.is_static:

@@ -75,7 +75,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
             )
     # Under vmap (associative scans are made of it) tensors are unwrapped below the pre-dispatch mode, which then loses them.
     has_vmap = any(node.target is _vmap_increment_nesting for node in gm.graph.nodes)
-    captured = trace(lambda *args: fx.Interpreter(gm).run(*args), values, _mode_of(values, gm), pre_dispatch=not has_vmap)
+    captured = trace(lambda *args: _Inlining(gm).run(*args), values, _mode_of(values, gm), pre_dispatch=not has_vmap)
     for old, new in zip(given, captured.graph.find_nodes(op="placeholder"), strict=True):
         argument = old.meta.get("grapharg")
         source = getattr(argument, "source", None)
@@ -83,6 +83,17 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         if source is not None and (parameter := read_source(source.name)):
             new.meta["parameter"] = parameter
     return captured
+
+
+class _Inlining(fx.Interpreter):
+    """Runs a graph; what gradients alone need (checkpoints) is called through, what needs gradients is refused."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            return args[0](*args[1:])
+        if getattr(target, "__name__", "") == "_grad_increment_nesting":
+            raise CaptureError("the model takes gradients in its forward pass; rounded weights have none, so leave it uncompiled")
+        return super().call_function(target, args, kwargs)
 
 
 def _mode_of(values: Sequence[Any], gm: fx.GraphModule) -> FakeTensorMode:

@@ -35,7 +35,16 @@ def bases(node: fx.Node) -> list[fx.Node]:
     if node.target is getitem:
         source = node.args[0]
         return [source] if isinstance(source, fx.Node) else []
-    return [n for argument, given in _arguments(node) if argument.alias_info is not None for n in _nodes(given)]
+    told = [n for argument, given in _arguments(node) if argument.alias_info is not None for n in _nodes(given)]
+    return told or [n for n in node.all_input_nodes if _share_memory(n, node)]
+
+
+def _share_memory(a: fx.Node, b: fx.Node) -> bool:
+    """Composite ops such as ``atleast_3d`` return views and do not say so; their fake values do."""
+    x, y = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor) or b.op != "call_function":
+        return False
+    return bool(x.untyped_storage()._cdata == y.untyped_storage()._cdata)
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from ..errors import FxquantError
 from .capture import Parameter
+from .effects import family
 from .rewrite import WRITTEN
 from .tidy import value
 from .weights import parameter_only
@@ -25,7 +26,7 @@ from .weights import parameter_only
 _version = attrgetter("_version")
 _address = Tensor.data_ptr
 
-State = tuple[list[int], int]
+State = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Unit:
@@ -41,14 +42,19 @@ class Unit:
 
     def fold(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the unit. Raises FxquantError if a parameter holds NaN or infinity, naming it."""
+        with torch.no_grad():
+            values = tuple(self.gm(*parameters))
+        # An infinite mask in a bias is fine; a NaN beside codes is a scale that could not be had.
+        has_codes = any(not v.is_floating_point() for v in values)
+        if not has_codes or not any(bool(v.isnan().any()) for v in values if v.is_floating_point()):
+            return values
         for name, parameter in zip(self.names, parameters, strict=True):
             if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
                 raise FxquantError(
                     f"parameter '{name}' holds NaN or infinity, which no integer can stand for; "
                     "mend the checkpoint, or leave the layer in floating point with ignore=[...] and transforms=[]"
                 )
-        with torch.no_grad():
-            return tuple(self.gm(*parameters))
+        return values
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,24 @@ def fold(gm: fx.GraphModule) -> Folded:
             last = gm.graph.placeholder(f"folded_{node.name}")
         last.meta["val"] = value(node)
         node.replace_all_uses_with(last)
+    _copy_what_leaves(gm, set(gm.graph.find_nodes(op="placeholder")) - set(placeholders))
     gm.graph.eliminate_dead_code()
     for node in [n for n in placeholders if not n.users]:
         gm.graph.erase_node(node)
     kept = tuple(i for node, i in position.items() if node.users)
     gm.recompile()
     return Folded(tuple(units), gm, kept)
+
+
+def _copy_what_leaves(gm: fx.GraphModule, folded: set[fx.Node]) -> None:
+    """The user may write to what the graph returns, so a folded value, or a view of one, is returned as a copy."""
+    output = gm.graph.output_node()
+    for node in output.all_input_nodes:
+        if family(node) & folded:
+            with gm.graph.inserting_before(output):
+                copy = gm.graph.call_function(torch.ops.aten.clone.default, (node,))
+            copy.meta["val"] = value(node)
+            output.replace_input_with(node, copy)
 
 
 def _is_boundary(node: fx.Node, pure: set[fx.Node]) -> bool:
@@ -160,18 +178,18 @@ def _attribute(gm: fx.GraphModule, target: Any) -> Any:
 
 
 def _fingerprint(tensor: Tensor) -> int:
-    """A number that changes when the contents do; one pass at memory speed."""
-    tensor = tensor.detach()
-    flat = tensor.contiguous().view(-1) if not tensor.is_contiguous() else tensor.view(-1)
-    if not flat.numel():
-        return 0
-    whole = flat.numel() * flat.element_size() // 8 * 8
-    words = flat.view(torch.uint8)[:whole].view(torch.int64)
-    rest = int(flat.view(torch.uint8)[whole:].sum())
-    weights = torch.arange(1, min(words.numel(), 1024) + 1, device=words.device)
-    columns = max(weights.numel(), 1)
-    rows = words[: words.numel() // columns * columns].view(-1, columns)
-    return hash((int((rows.sum(0) * weights).sum()), int(words.sum()), rest))
+    """A number that changes when the contents do, or their order; a few passes at memory speed."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.zeros(0, dtype=torch.uint8)
+    words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
+    width = min(max(words.numel(), 1), 4096)
+    rows = torch.nn.functional.pad(words, (0, -words.numel() % width)).view(-1, width)
+    per_row = (rows * _odd(width, rows.device)).sum(1)  # wraps around, as meant
+    return hash((tuple(tensor.shape), tensor.dtype, int((per_row * _odd(len(per_row), rows.device)).sum())))
+
+
+def _odd(count: int, device: torch.device) -> Tensor:
+    """Odd multipliers [count], no two alike, spread over 64 bits."""
+    return (torch.arange(1, count + 1, device=device) * -7046029254386353131) | 1
 
 
 @dataclass
@@ -227,14 +245,14 @@ CACHE = WeightCache()
 
 
 def state_of(parameters: Sequence[Tensor]) -> State:
-    """What tells in no time that parameters were replaced or written: their addresses, and the sum of their version counters.
+    """What tells in no time that parameters were replaced or written: their addresses and their version counters.
 
-    Counters only grow, so equal sums mean equal counters. A tensor made in inference mode has none; its address must do.
+    A tensor made in inference mode has no counter; its address must do.
     """
     try:
-        return [*map(_address, parameters)], sum(map(_version, parameters))
+        return [*map(_address, parameters)], [*map(_version, parameters)]
     except RuntimeError:
-        return [*map(_address, parameters)], 0
+        return [*map(_address, parameters)], [0 if p.is_inference() else p._version for p in parameters]
 
 
 @dataclass(frozen=True)
@@ -260,18 +278,21 @@ class FoldedWeights:
         self._units = tuple(units)
         indices = sorted({*watched, *(i for unit in units for i in unit.inputs)})
         self._pick = _picker(indices)
+        self._largest: int | None = None  # whose identity tells layers apart: small parameters are shared more often
         self._known: dict[int, _Known] = {}
         self._on_new = on_new
 
     def __call__(self, args: Sequence[Any]) -> list[Tensor]:
         parameters = self._pick(args)
-        known = self._known.get(id(parameters[0]) if parameters else 0)
+        if self._largest is None:
+            self._largest = max(range(len(parameters)), key=lambda i: parameters[i].numel(), default=-1)
+        known = self._known.get(id(parameters[self._largest]) if parameters else 0)
         if known is not None and known.generation == _generation and known.state == state_of(parameters):
             return known.values
         return self._fold(args, parameters)
 
     def _fold(self, args: Sequence[Any], parameters: Sequence[Tensor]) -> list[Tensor]:
-        key = id(parameters[0]) if parameters else 0
+        key = id(parameters[self._largest or 0]) if parameters else 0
         known = self._known.get(key)
         state = state_of(parameters)
         seen = known is not None and known.generation == _generation and known.state[0] == state[0]
@@ -305,6 +326,8 @@ class _Storages:
     def hold(self, parameters: Sequence[Tensor], graph: FoldedWeights) -> None:
         """Keep the storages that ``parameters`` have now, on behalf of ``graph``."""
         with self._lock:
+            for key in [k for k, held in self._held.items() if not held[2]]:
+                del self._held[key]  # no graph reads it any more
             for parameter in parameters:
                 key, storage = id(parameter), parameter.untyped_storage()
                 held = self._held.get(key)

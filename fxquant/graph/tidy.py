@@ -17,17 +17,26 @@ def tidy(gm: fx.GraphModule) -> fx.GraphModule:
     Patterns and models go through this same function, so both are spelled alike.
     Raises CaptureError for a graph in training mode (an active dropout or batch norm).
     """
+    writes = any(is_impure(node) for node in gm.graph.nodes if node.op == "call_function")
     for node in list(gm.graph.nodes):
         if node.target is torch._C._set_grad_enabled:
             gm.graph.erase_node(node)
             continue
         _refuse_training(node)
         rule = IDENTITIES.get(node.target)
-        if rule is not None and rule(node):
+        if rule is not None and rule(node) and (node.target not in COPIES or not (writes or _may_leave(node))):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code(is_impure_node=is_impure)
     gm.recompile()
+    return gm
+
+
+def views_that_may_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """``view`` -> ``reshape``, in place: a rewritten value may have other strides than the model's own had."""
+    if not any(is_impure(node) for node in gm.graph.nodes if node.op == "call_function"):
+        for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
     return gm
 
 
@@ -127,3 +136,17 @@ IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.add.Tensor: _adds_zero,
     aten.mul.Tensor: _multiplies_by_one,
 }
+
+# Those that make a new tensor all the same: dropped only where nobody can tell it from its source.
+COPIES = (aten.add.Tensor, aten.mul.Tensor, aten.dropout.default, aten.feature_dropout.default)
+
+
+def _may_leave(node: fx.Node) -> bool:
+    """The value may be returned, itself or as a view, and its source belongs to somebody else."""
+    source = node.args[0]
+    owned = isinstance(source, fx.Node) and source.op == "call_function" and len(source.users) == 1
+    return not owned and any(user.op == "output" or _is_view(user) for user in node.users)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info is not None for r in node.target._schema.returns)

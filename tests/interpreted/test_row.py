@@ -53,7 +53,8 @@ def test_norms_are_torchs_and_their_codes_are_those_of_int_affine(data, shape, d
     largest = true_total.float().abs().amax(1, keepdim=True) if shape[1] else spread
     gain = 1 if weight is None else weight.float().abs().max()
     allowed = 4e-7 * gain * (4 + 4 * largest / (spread + 1e-5).sqrt()) + torch.finfo(dtype).eps * true_y.float().abs()
-    assert ((y.float() - true_y.float()).abs() <= allowed).all()
+    finite = true_total.isfinite().all(1, keepdim=True)  # a row that overflows its type is nobody's
+    assert (((y.float() - true_y.float()).abs() <= allowed) | ~finite).all()
     for ours, truth in zip((q, scale, zero_point), row.reference_quantize(y, symmetric), strict=True):
         assert torch.equal(ours, truth)
 
