@@ -92,7 +92,7 @@ class _Inlining(fx.Interpreter):
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             return args[0](*args[1:])
         if getattr(target, "__name__", "") == "_grad_increment_nesting":
-            raise CaptureError("the model takes gradients in its forward pass; rounded weights have none, so leave it uncompiled")
+            raise CaptureError("the model takes gradients in its forward pass; rounded weights have none: leave it uncompiled")
         return super().call_function(target, args, kwargs)
 
 
