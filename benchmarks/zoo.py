@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from models import ZOO, by_name, main_output
 
 
-def examine(name: str, recipe: str, dressed: bool) -> dict[str, Any]:
+def examine(name: str, recipe: str, dressed: bool, eager: bool) -> dict[str, Any]:
     """Compile and run one architecture; its figures, or under "error" the last line of what went wrong."""
     import torch
 
@@ -36,7 +36,7 @@ def examine(name: str, recipe: str, dressed: bool) -> dict[str, Any]:
         model, inputs = by_name(name).build(dressed=dressed)
         with torch.no_grad():
             wanted = main_output(model(**inputs))
-            model.compile(backend="outlierq", options={"recipe": recipe})
+            model.compile(backend="outlierq", options={"recipe": recipe, "inductor": False if eager else {}})
             got = main_output(model(**inputs))
         report = fxquant.explain(model)
         products = [site for site in report.sites if site.counted]
@@ -71,14 +71,14 @@ def last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines and cause is error else (lines[0].strip() if lines else repr(cause))
 
 
-def examine_all(names: list[str], recipe: str, dressed: bool) -> list[dict[str, Any]]:
+def examine_all(names: list[str], recipe: str, dressed: bool, eager: bool) -> list[dict[str, Any]]:
     """``examine`` each in a worker process, so that even a crash of the interpreter costs one row."""
     rows = []
     pool = None
     for name in progress(names, "zoo"):
         pool = pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         try:
-            rows.append(pool.submit(examine, name, recipe, dressed).result())
+            rows.append(pool.submit(examine, name, recipe, dressed, eager).result())
         except BrokenProcessPool:
             pool = None
             rows.append({"name": name, "kind": by_name(name).kind, "error": "the process died", "seconds": 0.0})
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help="an architecture; may be given several times")
     parser.add_argument("--kind", action="append", help="encoder, decoder, vision, ...; may be given several times")
     parser.add_argument("--recipe", default="W8A8")
+    parser.add_argument("--eager", action="store_true", help="run the lowered graphs without Inductor: minutes rather than an hour")
     parser.add_argument("--plain", action="store_true", help="leave the weights as initialised: no outlier channels, no biases")
     parser.add_argument("--floor", type=float, default=25.0, help="dB below which an output is marked LOW")
     parser.add_argument("--json", type=Path)
@@ -114,7 +115,7 @@ def main() -> None:
     names, kinds = args.only or (), args.kind or ()
     wanted = [a.name for a in ZOO if not (names or kinds) or a.name in names or a.kind in kinds]
 
-    rows = examine_all(wanted, args.recipe, not args.plain)
+    rows = examine_all(wanted, args.recipe, not args.plain, args.eager)
     mode = "plain" if args.plain else "dressed"
     print(f"{len(rows)} architectures, recipe {args.recipe}, {mode} random weights\n{heading()}\n")
     titles = ("model", "kind", "graphs", "quantized", "coverage", "SQNR dB", "seconds", "misses")
