@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help="an architecture; may be given several times")
     parser.add_argument("--kind", action="append", help="encoder, decoder, vision, ...; may be given several times")
     parser.add_argument("--recipe", default="W8A8")
-    parser.add_argument("--eager", action="store_true", help="run the lowered graphs without Inductor: minutes rather than an hour")
+    parser.add_argument("--eager", action="store_true", help="run the lowered graphs without Inductor")
     parser.add_argument("--plain", action="store_true", help="leave the weights as initialised: no outlier channels, no biases")
     parser.add_argument("--floor", type=float, default=25.0, help="dB below which an output is marked LOW")
     parser.add_argument("--json", type=Path)
