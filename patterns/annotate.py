@@ -9,12 +9,12 @@ from torch import Tensor, fx
 
 from fxquant.graph.capture import Parameter
 from fxquant.graph.equivalence import root_of
-from fxquant.graph.fold import cone_of, unit_of
+from fxquant.graph.fold import unit_of
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.ops import fake_quantize
 from fxquant.graph.rewrite import WRITTEN, splice
 from fxquant.graph.tidy import operand, value
-from fxquant.graph.weights import parameter_only
+from fxquant.graph.weights import cone_of, parameter_only
 from fxquant.numerics.granularity import PerChannel, PerToken
 from fxquant.numerics.ranges import Given
 from fxquant.recipe import Recipe, Spec

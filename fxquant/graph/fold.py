@@ -21,7 +21,7 @@ from .capture import Parameter
 from .effects import family
 from .rewrite import WRITTEN
 from .tidy import value
-from .weights import parameter_only
+from .weights import cone_of, parameter_only
 
 _version = attrgetter("_version")
 _address = Tensor.data_ptr
@@ -117,18 +117,6 @@ def _is_boundary(node: fx.Node, pure: set[fx.Node]) -> bool:
     if node not in pure or node.op in ("placeholder", "get_attr"):
         return False
     return isinstance(value(node), Tensor) and any(user not in pure for user in node.users)
-
-
-def cone_of(node: fx.Node) -> set[fx.Node]:
-    """Everything that ``node`` depends on, itself and the placeholders included."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n not in seen:
-            seen.add(n)
-            stack.extend(n.all_input_nodes)
-    return seen
 
 
 def _cone(node: fx.Node) -> set[fx.Node]:

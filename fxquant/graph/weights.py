@@ -44,16 +44,22 @@ def depends_on_parameters_only(node: Any) -> bool:
     return parameters > 0 and not any(written_by(user) for n in seen for alias in family(n) for user in alias.users)
 
 
+def cone_of(node: fx.Node) -> set[fx.Node]:
+    """Everything that ``node`` depends on, itself and the placeholders included."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            stack.extend(n.all_input_nodes)
+    return seen
+
+
 def parameters_of(node: fx.Node) -> tuple[str, ...]:
     """The paths of the parameters that ``node`` depends on, in the order of the graph's inputs."""
-    seen: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        here = queue.pop()
-        if here not in seen:
-            seen.add(here)
-            queue += here.all_input_nodes
-    return tuple(p.path for n in node.graph.find_nodes(op="placeholder") if n in seen and (p := Parameter.of(n)) is not None)
+    cone = cone_of(node)
+    return tuple(p.path for n in node.graph.find_nodes(op="placeholder") if n in cone and (p := Parameter.of(n)) is not None)
 
 
 def _is_weight(node: fx.Node) -> bool:
