@@ -1,6 +1,6 @@
 """Low-bit transformers inside PyTorch: ``model.compile(backend="outlierq")``, then ``fxquant.explain(model)``."""
 
-from .errors import CaptureError, FxquantError, GradientError, RecipeError
+from .errors import CalibrationError, CaptureError, FxquantError, GradientError, PlanError, RecipeError
 from .graph.fold import refresh
 from .numerics.affine import IntAffine
 from .numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
@@ -11,6 +11,7 @@ from .report import Report, explain
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationError",
     "CaptureError",
     "Dynamic",
     "FxquantError",
@@ -22,6 +23,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "PlanError",
     "Recipe",
     "RecipeError",
     "Report",

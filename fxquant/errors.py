@@ -13,6 +13,14 @@ class CaptureError(FxquantError, RuntimeError):
     """A model cannot be captured as it is (training mode, meta device, ...)."""
 
 
+class CalibrationError(FxquantError, RuntimeError):
+    """Ranges or maps cannot be found: no data was seen, or not of the kind that is needed."""
+
+
+class PlanError(FxquantError, ValueError):
+    """A plan cannot be read, or does not belong to the model that it meets."""
+
+
 class GradientError(FxquantError, RuntimeError):
     """A gradient was asked of an inference recipe."""
 

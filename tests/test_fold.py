@@ -1,18 +1,15 @@
 """Folded weights are always those of today: in-place changes, new dtypes, tied tables, many layers in one graph."""
 
 import gc
-import time
 import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
 
 import fxquant
-from fxquant.backend import pipeline
-from fxquant.graph.fold import CACHE, FoldedWeights
+from fxquant.graph.fold import CACHE
 
 OPTIONS = {"inductor": False}
 
@@ -247,29 +244,3 @@ def test_folded_weights_die_with_their_parameters() -> None:
     gc.collect()
     assert alive() is None
     assert len(CACHE._entries) == before
-
-
-@pytest.mark.slow
-def test_the_check_of_a_model_of_150_parameters_costs_less_than_20_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[FoldedWeights, tuple[object, ...]]] = []
-
-    class Kept(FoldedWeights):
-        def __call__(self, args: tuple[object, ...]) -> list[torch.Tensor]:
-            calls.append((self, args))
-            return super().__call__(args)
-
-    monkeypatch.setattr(pipeline, "FoldedWeights", Kept)
-    config = BertConfig(hidden_size=32, num_hidden_layers=9, num_attention_heads=2, intermediate_size=64, vocab_size=97)
-    model = BertModel(config).eval()
-    assert len(list(model.parameters())) == 151
-    model.compile(backend="outlierq", options=OPTIONS)
-    model(torch.arange(8).view(1, 8))
-    (weights, args) = calls[-1]
-    assert min(_seconds(lambda: FoldedWeights.__call__(weights, args)) for _ in range(50)) < 20e-6
-
-
-def _seconds(call: object, repeat: int = 200) -> float:
-    start = time.perf_counter()
-    for _ in range(repeat):
-        call()
-    return (time.perf_counter() - start) / repeat

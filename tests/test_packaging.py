@@ -70,7 +70,7 @@ def test_the_constraints_pin_what_the_project_asks_for() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_module_and_nothing_at_the_top_level(tmp_path: Path) -> None:
+def test_a_wheel_holds_every_source_and_nothing_at_the_top_level(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for name in ("fxquant", "backend", "patterns"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -83,6 +83,7 @@ def test_a_wheel_holds_every_module_and_nothing_at_the_top_level(tmp_path: Path)
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"fxquant/py.typed"}
     for name, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items():
-        expected |= {str(Path(*name.split("."), f.relative_to(ROOT / folder))) for f in (ROOT / folder).rglob("*.py")}
+        files = [f for suffix in ("*.py", "*.cpp", "*.h") for f in (ROOT / folder).rglob(suffix)]
+        expected |= {str(Path(*name.split("."), f.relative_to(ROOT / folder))) for f in files}
     assert names == expected
 

@@ -1,0 +1,29 @@
+"""What calibration data showed at the input of the linears that read one value: all that a transform may choose its map by."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fxquant.recipe import Spec
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One linear input: statistics per channel [K] over all tokens that are no padding, a sample of the tokens, the readers.
+
+    ``where`` is the weight path of the first linear that reads the value. ``low``, ``high``, ``mean`` [K]: minimum, maximum and
+    mean magnitude. ``rows`` [R, K]: some of the tokens. ``weights`` [N_i, K] and ``biases`` [N_i] or None: of every linear that
+    reads it, as transformed so far. ``activation`` and ``weight``: what the recipe will do here (None: nothing).
+    ``absorbed``: a scale is taken by what produces the value; otherwise it costs a multiply, which a fused quantizer hides.
+    """
+
+    where: str
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    rows: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    activation: Spec | None
+    weight: Spec | None
+    absorbed: bool
