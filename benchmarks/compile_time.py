@@ -38,6 +38,7 @@ def in_fresh_process(backend: str) -> float:
         cold = {
             "TORCHINDUCTOR_CACHE_DIR": cache,
             "TRITON_CACHE_DIR": f"{cache}/triton",
+            "FXQUANT_CACHE": f"{cache}/fxquant",
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
             "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
         }

@@ -12,7 +12,7 @@ from torch import nn
 from fxquant.backend.cpu import build, ops
 
 pytestmark = pytest.mark.skipif(
-    bool(build.why_not()) or not torch.cpu._is_vnni_supported(),
+    bool(build.why_not()),
     reason=f"no C++ kernels here: {build.why_not() or 'no AVX512-VNNI'}",
 )
 

@@ -16,22 +16,26 @@ from fxquant.backend.kernels.kernel import Kernel, Product, reference
 from fxquant.graph.match import Miss
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from fxquant.numerics.ranges import Given
+from fxquant.numerics.ranges import Dynamic, Given, MinMSE
 from fxquant.recipe import Spec
 
-needs_library = pytest.mark.skipif(
-    bool(build.why_not()) or not torch.cpu._is_vnni_supported(),
-    reason=f"no C++ kernels here: {build.why_not() or 'no AVX512-VNNI'}",
-)
+needs_library = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
 
 ACTIVATIONS = st.one_of(
     st.none(),
-    st.builds(lambda b, s: Spec(IntAffine(b, symmetric=s), PerToken()), st.integers(2, 8), st.booleans()),
+    st.builds(
+        lambda b, s, r: Spec(IntAffine(b, symmetric=s), PerToken(), r),
+        st.integers(2, 8),
+        st.booleans(),
+        st.sampled_from([Dynamic(), Dynamic(), MinMSE(3)]),
+    ),
     st.builds(lambda b, s: Spec(IntAffine(b, symmetric=s), PerTensor(), Given(-3.0, 5.0)), st.integers(2, 8), st.booleans()),
 )
 WEIGHTS = st.one_of(
     st.builds(lambda b, s: Spec(IntAffine(b, symmetric=s), PerChannel(0)), st.integers(2, 8), st.booleans()),
-    st.builds(lambda b, s: Spec(IntAffine(b, symmetric=s), PerGroup(4)), st.integers(2, 8), st.booleans()),
+    st.builds(
+        lambda b, s, g: Spec(IntAffine(b, symmetric=s), PerGroup(g)), st.integers(2, 8), st.booleans(), st.integers(1, 8)
+    ),
 )
 
 
@@ -45,7 +49,7 @@ def products(draw: st.DrawFn) -> tuple[Product, Tensor, Tensor, Tensor | None]:
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     weight_spec = draw(WEIGHTS)
     n, k = draw(st.integers(1, 70)), draw(st.integers(1, 17))
-    k = 4 * k if isinstance(weight_spec.granularity, PerGroup) else k
+    k = weight_spec.granularity.size * k if isinstance(weight_spec.granularity, PerGroup) else k
     lead = [*draw(st.lists(st.integers(0, 3), max_size=2)), draw(st.integers(0, 9))]
     seed = draw(st.integers(0, 2**16))
     generator = torch.Generator().manual_seed(seed)
@@ -94,14 +98,31 @@ def test_a_kernel_that_declines_says_why(kernel: Kernel, case: tuple[Product, Te
     assert answer or (isinstance(answer, Miss) and len(answer.reason) > 10)
 
 
-@given(case=products())
-def test_some_kernel_supports_every_product(case: tuple[Product, Tensor, Tensor, Tensor | None]) -> None:
-    assert any(kernel.supports(case[0]) for kernel in KERNELS)
+_W8 = Spec(IntAffine(8), PerChannel(0))
+_A8 = Spec(IntAffine(8, symmetric=False), PerToken())
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "kernel"),
+    [
+        pytest.param(_W8, _A8, "Int8VnniLinear", marks=needs_library),
+        pytest.param(_W8, Spec(_A8.format, PerToken(), MinMSE()), "Int8Linear", marks=needs_library),
+        pytest.param(Spec(IntAffine(4), PerGroup(8)), _A8, "GroupedIntLinear", marks=needs_library),
+        (Spec(IntAffine(4), PerGroup(8)), None, "DequantizedLinear"),
+        (Spec(IntAffine(4, symmetric=False), PerChannel(0)), _A8, "SimulatedLinear"),
+    ],
+)
+def test_the_first_kernel_that_supports_a_product_is_the_one_meant_for_it(
+    weights: Spec, activations: Spec | None, kernel: str
+) -> None:
+    product = Product(torch.zeros(2, 16), torch.zeros(4, 16), None, activations, weights)
+    assert next(type(k).__name__ for k in KERNELS if k.supports(product)) == kernel
 
 
 @needs_library
-@given(x=tensors(extreme=True), bits=st.integers(2, 8), symmetric=st.booleans())
+@given(x=tensors(extreme=True), bits=st.integers(1, 8), symmetric=st.booleans())
 def test_rows_are_quantized_to_the_last_bit_of_the_contract(x: Tensor, bits: int, symmetric: bool) -> None:
+    assume(bits > 1 or not symmetric)
     if x.dtype == torch.float64:
         x = x.float()
     for mine, plain in zip(ops.quantize_rows(x, bits, symmetric), ops.quantize_rows_reference(x, bits, symmetric), strict=True):
@@ -115,6 +136,7 @@ def test_a_row_that_is_not_finite_decodes_to_nan_and_the_others_do_not(bad: floa
     x[1, 17] = bad
     _, scale, _ = ops.quantize_rows(x, 8, False)
     assert scale.isnan().flatten().tolist() == [False, True, False]
+    assert torch.equal(ops.quantize_rows(x, 8, True)[2], ops.quantize_rows_reference(x, 8, True)[2])
 
 
 @needs_library
@@ -130,7 +152,8 @@ def test_the_integer_part_is_exact_and_the_epilogue_close(m: int, k: int, n: int
     assert torch.equal(ops.linear(*args, "none", torch.float32), ops.linear_reference(*args, "none", torch.float32))
     small = (codes, torch.full((m, 1), 1e-4), zero, *args[3:])
     size = ops.linear_reference(*small, "none", torch.float32).abs().max().item() if m else 0.0
-    close = {"rtol": 2e-6, "atol": 2e-7 * size}  # erf is good to 1.5e-7, and GELU multiplies it by half of its argument
+    # GELU multiplies by half of its argument: an erf good to 1.5e-7, and six roundings of 6e-8 (four here, two there).
+    close = {"rtol": 2e-6, "atol": 0.5 * (1.5e-7 + 6 * 6e-8) * size}
     torch.testing.assert_close(
         ops.linear(*small, activation, torch.float32), ops.linear_reference(*small, activation, torch.float32), **close
     )

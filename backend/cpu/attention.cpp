@@ -193,7 +193,7 @@ int attention(const char* q, const char* k, const char* v, const char* mask, cha
   while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 8 * QUERIES) bands *= 2;
   const int64_t height = ((a.L + bands - 1) / bands + QUERIES - 1) / QUERIES * QUERIES;
   int failed = 0;
-#pragma omp parallel if (a.B * a.H * a.L * a.T * a.D > 32768) reduction(| : failed)
+#pragma omp parallel num_threads(threads) if (a.B * a.H * a.L * a.T * a.D > 32768) reduction(| : failed)
   {
     float* memory = (float*)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
     failed = memory == nullptr;

@@ -1,8 +1,9 @@
 """Compile the C++ kernels of this folder at first use, and keep the result in the user's cache.
 
-At first use rather than at install: the wheel stays one pure-Python file for every platform, an sdist needs no compiler, and
-the compiler sees the machine it compiles for. It takes seconds, once per machine. Without a compiler the kernels that are
-written in PyTorch run instead, and ``explain`` says why. Safe for parallel processes: a library appears by an atomic rename.
+At first use rather than at install: the wheel stays one pure-Python file for every platform, and neither it nor an sdist needs
+a compiler to be installed. It takes seconds, once per machine. Without a compiler, or on a CPU without AVX512-VNNI, the kernels
+that are written in PyTorch run instead, and ``explain`` says why. Safe for parallel processes: a library appears by an atomic
+rename. Only g++ by default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded.
 """
 
 import ctypes
@@ -13,6 +14,8 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+
+from .features import has_avx512, has_vnni
 
 FOLDER = Path(__file__).parent
 SOURCES = ("int8.cpp", "attention.cpp")
@@ -28,15 +31,21 @@ class CannotBuild(Exception):
 @lru_cache(1)
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises CannotBuild without a compiler, or if it fails."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not (has_vnni() and has_avx512()):
+        raise CannotBuild("this CPU has no AVX512-VNNI")
+    compiler = os.environ.get("CXX") or shutil.which("g++")
     if not compiler:
         raise CannotBuild("there is no C++ compiler: install g++, or set CXX")
     command = [*compiler.split(), *FLAGS, *AVX512_VNNI]
     text = b"".join((FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS))
     name = hashlib.sha256(text + " ".join([*command, _version(compiler)]).encode()).hexdigest()[:24]
     path = cache_folder() / f"cpu-{name}.so"
-    if not path.exists():
-        _compile(command, path)
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged, by a full disk perhaps
+            path.unlink(missing_ok=True)
+    _compile(command, path)
     return ctypes.CDLL(str(path))
 
 
@@ -54,21 +63,29 @@ def cache_folder() -> Path:
     """``$FXQUANT_CACHE``, or ``fxquant`` below the user's cache folder."""
     if given := os.environ.get("FXQUANT_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fxquant")
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given, "fxquant")
+    try:
+        return Path.home() / ".cache" / "fxquant"
+    except RuntimeError:  # a user without a home, as in a container
+        raise CannotBuild("this user has no home folder; set FXQUANT_CACHE to a folder for the compiled kernels") from None
 
 
 def _compile(command: list[str], path: Path) -> None:
+    compiler = command[: command.index(FLAGS[0])]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder, "kernels.so")
         objects = [f"{folder}/{name}.o" for name in SOURCES]
         compile = [[*command, "-c", str(FOLDER / name), "-o", out] for name, out in zip(SOURCES, objects, strict=True)]
         # Compiled with OpenMP and linked without it: its symbols are those of the runtime that PyTorch has loaded.
-        steps = [*compile, [command[0], "-shared", *objects, "-o", str(built)]]
+        steps = [*compile, [*compiler, "-shared", *objects, "-o", str(built)]]
         for step in steps:
             done = subprocess.run(step, capture_output=True, text=True)
             if done.returncode:
-                raise CannotBuild(f"the compiler failed: {done.stderr.strip().splitlines()[-1] if done.stderr else step[0]}")
+                said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+                first = next((line for line in said if "error" in line), said[-1])
+                raise CannotBuild(f"{' '.join(compiler)} failed: {first}; set CXX to a C++17 compiler with OpenMP")
         built.rename(path)
 
 

@@ -127,9 +127,9 @@ extern "C" {
 
 // One row of codes, a scale and a zero point per token (numerics/affine.py has the contract, to the last bit).
 void quantize_rows(const char* x, int dtype, int64_t M, int64_t K, uint8_t* codes, int64_t stride, float* scale, int32_t* zero,
-                   int largest, int symmetric) {
+                   int largest, int symmetric, int threads) {
   const int size = element_size(dtype);
-#pragma omp parallel for schedule(static) if (M * K > 16384)
+#pragma omp parallel for schedule(static) num_threads(threads) if (M * K > 16384)
   for (int64_t m = 0; m < M; m++) {
     const char* row = x + m * K * size;
     __m512 lows = _mm512_setzero_ps(), highs = _mm512_setzero_ps();  // the range holds zero
@@ -143,14 +143,14 @@ void quantize_rows(const char* x, int dtype, int64_t M, int64_t K, uint8_t* code
     const float lo = _mm512_reduce_min_ps(lows), hi = _mm512_reduce_max_ps(highs);
     const float extent = -lo > hi ? -lo : hi;
     float s = symmetric ? extent * (float)(1.0 / largest) : (hi / 2 - lo / 2) * (float)(2.0 / largest);
-    s = s < 1.17549435e-38f ? 1.17549435e-38f : s;
+    s = s < FLT_MIN ? FLT_MIN : s > FLT_MAX ? FLT_MAX : s;
     if (extent == 0) s = 1;
     if (bad || !isfinite(extent)) s = NAN;
     const float inverse = 1.0f / s;
     float z = symmetric ? 128 : nearbyintf(-lo * inverse);
     if (!symmetric) z = z < 0 ? 0 : z > largest ? (float)largest : z;
     scale[m] = s;
-    zero[m] = isnan(s) ? 0 : (int32_t)z;
+    zero[m] = symmetric ? 128 : isnan(s) ? 0 : (int32_t)z;
     const __m512 by = _mm512_set1_ps(inverse), shift = _mm512_set1_ps((float)zero[m]);
     const __m512 least = _mm512_set1_ps(symmetric ? (float)(128 - largest) : 0.0f);
     const __m512 most = _mm512_set1_ps(symmetric ? (float)(128 + largest) : (float)largest);
@@ -179,11 +179,11 @@ void linear(const uint8_t* codes, int64_t stride, const float* scale, const int3
   if (M <= 4 * ROWS) wide = 1;
   const int64_t strips = (panels + wide - 1) / wide;
   if (M <= 4 * ROWS) {
-#pragma omp parallel for schedule(static) if (M * N * K4 > 8192)
+#pragma omp parallel for schedule(static) num_threads(threads) if (M * N * K4 > 8192)
     for (int64_t panel = 0; panel < panels; panel++) rows(a, 0, M, panel);
     return;
   }
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t task = 0; task < bands * strips; task++) {
     const int64_t m = task / strips * height, first = task % strips * wide;
     const int64_t count = m + height < M ? height : M - m;

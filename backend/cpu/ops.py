@@ -23,11 +23,7 @@ _library.define(
     "linear_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor sums, Tensor? bias, "
     "int out_features, str activation, ScalarType dtype) -> Tensor"
 )
-
-
-_library.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor",
-)
+_library.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor")
 
 
 def pack_panels(codes: Tensor) -> Tensor:
@@ -103,7 +99,7 @@ def _quantize_rows(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tenso
     largest = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     library().quantize_rows(
         _address(x), _DTYPES[x.dtype], ctypes.c_int64(scale.numel()), ctypes.c_int64(inner), _address(codes),
-        ctypes.c_int64(stride), _address(scale), _address(zero_point), largest, int(symmetric),
+        ctypes.c_int64(stride), _address(scale), _address(zero_point), largest, int(symmetric), torch.get_num_threads(),
     )  # fmt: skip
     return codes, scale, zero_point
 
@@ -121,9 +117,17 @@ def _linear(
     dtype: torch.dtype,
 ) -> Tensor:
     codes, scale, zero_point = codes.contiguous(), scale.contiguous(), zero_point.contiguous()
+    weight, weight_scale, sums = weight.contiguous(), weight_scale.contiguous(), sums.contiguous()
     bias = bias.contiguous() if bias is not None else None
     inner = codes.shape[-1]
     rows = codes.numel() // inner
+    panels = (-(out_features // -PANEL), inner // 4, PANEL, 4)
+    per_output = [t.numel() for t in (weight_scale, sums, bias) if t is not None]
+    if inner % 4 or weight.shape != panels or set(per_output) != {out_features} or scale.numel() not in (1, rows):
+        raise FxquantError(
+            f"a product of codes {list(codes.shape)} and panels {list(weight.shape)} to {out_features} outputs, of which "
+            f"{per_output} have scale, sum (and bias), and {scale.numel()} rows a scale: the sizes do not agree"
+        )
     out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
     library().linear(
         _address(codes), ctypes.c_int64(inner),

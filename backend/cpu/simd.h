@@ -1,6 +1,7 @@
 // Sixteen floats at a time: loads and stores of any dtype, and the exponential. AVX512F, BW, VL, DQ.
 
 #pragma once
+#include <float.h>
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>

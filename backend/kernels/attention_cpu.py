@@ -8,10 +8,11 @@ import math
 import torch
 from torch import Tensor, fx
 
+from fxquant.graph.effects import family
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
 from fxquant.graph.rewrite import replace
-from fxquant.graph.tidy import value
+from fxquant.graph.tidy import is_impure, value
 from fxquant.patterns.linear import same_sizes
 
 from ..cpu import build, ops
@@ -24,6 +25,8 @@ FEWEST_QUERIES = 8  # keys are copied once per call, which fewer queries do not 
 
 def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
     """Replace every scaled dot-product attention that the kernel supports, in place."""
+    writes = any(is_impure(node) for node in gm.graph.nodes if node.op == "call_function")
+    leaving = set(gm.graph.output_node().all_input_nodes)
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)):
         if not supports(node) or not fuel.take(f"lower {node.name}"):
             continue
@@ -31,9 +34,14 @@ def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
         scale = node.kwargs.get("scale")
         scale = 1 / math.sqrt(value(query).shape[-1]) if scale is None else scale
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, causal: bool = is_causal, s: float = scale) -> Tensor:
+        # Token by token is how the next product reads it. Where strides can be seen they are those of the op replaced.
+        seen = writes or bool(family(node) & leaving)
+
+        def attention(
+            q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, causal: bool = is_causal, s: float = scale, seen: bool = seen
+        ) -> Tensor:
             y: Tensor = ops.attention(q, k, v, m, causal, s)
-            return y
+            return y.contiguous() if seen else y
 
         replace(gm, node, attention, query, key, val, mask)
 
@@ -44,8 +52,6 @@ def supports(node: fx.Node) -> Claim | Miss:
     q, k, v, m = (value(n) for n in (query, key, val, mask))
     if q.device.type != "cpu":
         return Miss(f"the attention is on {q.device.type}, this kernel is for CPUs")
-    if not torch.cpu._is_avx512_supported() or not torch.cpu._is_vnni_supported():
-        return Miss("this CPU has no AVX512")
     if reason := build.why_not():
         return Miss(reason)
     if dropout:

@@ -11,8 +11,9 @@ from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerGroup, PerToken
 from fxquant.recipe import Spec
 
-from .int8_onednn import Int8Linear, misfit
-from .kernel import Claim, Product
+from ..cpu.features import has_vnni
+from .int8_onednn import FEWEST_INPUTS, Int8Linear
+from .kernel import Claim, Product, misfit
 
 MOST_GROUPS = 64  # one GEMM each; beyond this the float product is the better deal
 
@@ -25,7 +26,7 @@ class GroupedIntLinear:
 
     def supports(self, product: Product) -> Claim | Miss:
         x, w = product.activation, product.weight_spec
-        if product.x.device.type != "cpu" or not torch.cpu._is_vnni_supported():
+        if product.x.device.type != "cpu" or not has_vnni():
             return Miss("a CPU with VNNI is needed")
         if x is None or not isinstance(x.format, IntAffine) or not isinstance(x.granularity, PerToken):
             return Miss(f"activations are {x}, integers per token are needed")
@@ -35,6 +36,8 @@ class GroupedIntLinear:
             return Miss(f"weights are {w}, symmetric integers per group are needed")
         if reason := misfit(product):
             return Miss(reason)
+        if w.granularity.size < FEWEST_INPUTS:
+            return Miss(f"groups are of {w.granularity.size}, and oneDNN's integer GEMM needs {FEWEST_INPUTS} inputs or more")
         groups = product.weight.shape[1] // w.granularity.size
         if groups > MOST_GROUPS:
             return Miss(f"{groups} groups, at most {MOST_GROUPS} pay")

@@ -12,19 +12,10 @@ from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerChannel, PerTensor, PerToken
 from fxquant.recipe import Spec
 
-from .kernel import Claim, Product
+from ..cpu.features import has_vnni
+from .kernel import Claim, Product, misfit
 
-MOST_INPUTS = (2**31 - 1) // (255 * 127)  # a sum of more products of u8 and s8 may not fit 32 bits
-
-
-def misfit(product: Product) -> str:
-    """Why the shapes of a product are not those of an integer linear layer; empty if they are."""
-    outputs, inner = product.weight.shape
-    if not 0 < inner <= MOST_INPUTS:
-        return f"the inner size is {inner}; 1 to {MOST_INPUTS} are needed for exact sums in 32 bits"
-    if product.bias is not None and tuple(product.bias.shape) != (outputs,):
-        return f"the bias has shape {list(product.bias.shape)}, [{outputs}] is needed"
-    return ""
+FEWEST_INPUTS = 2  # torch._int_mm is wrong for one
 
 
 class Int8Linear:
@@ -37,7 +28,7 @@ class Int8Linear:
         x, w = product.activation, product.weight_spec
         if product.x.device.type != "cpu":
             return Miss(f"the site is on {product.x.device.type}, this kernel is for CPUs")
-        if not torch.cpu._is_vnni_supported():
+        if not has_vnni():
             return Miss("this CPU has no VNNI: its u8 x s8 products saturate at 16 bits")
         if x is None or not isinstance(x.format, IntAffine) or not isinstance(x.granularity, PerToken | PerTensor):
             return Miss(f"activations are {x}, integers per token or per tensor are needed")
@@ -45,8 +36,8 @@ class Int8Linear:
             return Miss(f"weights are {w}, symmetric integers per channel are needed")
         if reason := misfit(product):
             return Miss(reason)
-        if product.weight.shape[1] < 2:
-            return Miss("the inner size is 1, and oneDNN's integer GEMM needs 2 or more")
+        if product.weight.shape[1] < FEWEST_INPUTS:
+            return Miss(f"the inner size is {product.weight.shape[1]}, and oneDNN's integer GEMM needs {FEWEST_INPUTS} or more")
         return Claim(self.name)
 
     def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:
@@ -56,7 +47,7 @@ class Int8Linear:
         return codes.contiguous(), qparams.scale.view(-1), codes.sum(1, dtype=torch.int32)
 
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        """[..., K] -> codes uint8 [..., K], scale float32 [..., 1] or [], zero point int32, alike or an empty tuple's place."""
+        """[..., K] -> codes uint8 [..., K], scale float32 [..., 1] or [], and zero point int32, alike, if asymmetric."""
         qparams = spec.fit(x)
         codes = spec.encode(x, qparams)
         if qparams.zero_point is None:

@@ -13,7 +13,7 @@ from ..triton import launch
 from ..triton.epilogue import ACTIVATIONS
 from ..triton.int8_gemm import MAX_K, int8_gemm
 from ..triton.row import quantize_rows
-from .kernel import Claim, Product
+from .kernel import Claim, Product, misfit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,7 +25,7 @@ class Int8TritonLinear:
     epilogues = tuple(name for name in ACTIVATIONS if name != "none")
 
     def supports(self, product: Product) -> Claim | Miss:
-        x, w, (n, k) = product.activation, product.weight_spec, product.weight.shape
+        x, w = product.activation, product.weight_spec
         if reason := launch.why_not(product.x.device):
             return Miss(reason)
         if product.x.dtype not in DTYPES:
@@ -36,8 +36,8 @@ class Int8TritonLinear:
             return Miss(f"the range of a token is {x.range}; the row kernel takes the least and the largest number of each row")
         if w is None or not isinstance(w.format, IntAffine) or not w.format.symmetric or w.granularity != PerChannel(0):
             return Miss(f"weights are {w and w.brief}, symmetric integers per channel are needed")
-        if not (0 < k <= MAX_K and n > 0):
-            return Miss(f"the weight has shape [{n}, {k}]; at least one output and 1 to {MAX_K} inputs are needed")
+        if reason := misfit(product, MAX_K):
+            return Miss(reason)
         return Claim(self.name)
 
     def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:

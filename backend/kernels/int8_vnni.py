@@ -7,11 +7,12 @@ from torch.nn.functional import pad
 from fxquant.graph.match import Miss
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerChannel, PerTensor, PerToken
+from fxquant.numerics.ranges import DYNAMIC
 from fxquant.recipe import Spec
 
 from ..cpu import build, ops
-from .int8_onednn import misfit
-from .kernel import Claim, Product
+from .int8_onednn import Int8Linear
+from .kernel import Claim, Product, misfit
 
 
 class Int8VnniLinear:
@@ -24,8 +25,6 @@ class Int8VnniLinear:
         x, w = product.activation, product.weight_spec
         if product.x.device.type != "cpu":
             return Miss(f"the site is on {product.x.device.type}, this kernel is for CPUs")
-        if not (torch.cpu._is_vnni_supported() and torch.cpu._is_avx512_supported()):
-            return Miss("this CPU has no AVX512-VNNI")
         if reason := build.why_not():
             return Miss(reason)
         if product.x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -36,6 +35,8 @@ class Int8VnniLinear:
             return Miss(reason)
         if x is None or not isinstance(x.format, IntAffine) or not isinstance(x.granularity, PerToken | PerTensor):
             return Miss(f"activations are {x and x.brief}, integers per token or per tensor are needed")
+        if isinstance(x.granularity, PerToken) and x.range != DYNAMIC:
+            return Miss(f"the range of a token is {x.range}; this kernel takes the least and the largest number of each row")
         if isinstance(x.granularity, PerTensor) and not x.is_static:
             return Miss("the range per tensor is dynamic; a static one, or one per token, is needed")
         if w is None or not isinstance(w.format, IntAffine) or not w.format.symmetric or w.granularity != PerChannel(0):
@@ -53,13 +54,9 @@ class Int8VnniLinear:
         if isinstance(spec.granularity, PerToken):
             assert isinstance(spec.format, IntAffine)
             return tuple(ops.quantize_rows(x, spec.format.bits, spec.format.symmetric))
-        qparams = spec.fit(x)
-        codes = spec.encode(x, qparams)
-        zero_point = qparams.zero_point
-        if zero_point is None:
-            codes = (codes.to(torch.int16) + 128).to(torch.uint8)
-            zero_point = torch.full_like(qparams.scale, 128, dtype=torch.int32)
-        return pad(codes, (0, -x.shape[-1] % 4)), qparams.scale.to(torch.float32), zero_point
+        codes, scale, *rest = Int8Linear.prologue(self, x, spec)  # type: ignore[arg-type]  # it needs no self
+        zero_point = rest[0] if rest else torch.full_like(scale, 128, dtype=torch.int32)
+        return pad(codes, (0, -x.shape[-1] % 4)), scale.to(torch.float32), zero_point
 
     def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor:
         y: Tensor = ops.linear(*prepared, *packed, bias, like.weight.shape[0], like.epilogue or "none", like.out_dtype)

@@ -43,6 +43,19 @@ class Product:
         return self.dtype or self.x.dtype
 
 
+MOST_INPUTS = (2**31 - 1) // (255 * 127)  # a sum of more products of u8 and s8 may not fit 32 bits
+
+
+def misfit(product: Product, most_inputs: int = MOST_INPUTS) -> str:
+    """Why the shapes of a product are not those of an integer linear layer; empty if they are."""
+    outputs, inner = product.weight.shape
+    if not (0 < inner <= most_inputs and outputs > 0):
+        return f"the weight has shape [{outputs}, {inner}]; at least one output and 1 to {most_inputs} inputs are needed"
+    if product.bias is not None and tuple(product.bias.shape) != (outputs,):
+        return f"the bias has shape {list(product.bias.shape)}, [{outputs}] is needed"
+    return ""
+
+
 class Kernel(Protocol):
     """How one family of quantized products runs. All functions are traced into the graph, so they are plain PyTorch.
 

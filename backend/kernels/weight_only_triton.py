@@ -11,7 +11,7 @@ from fxquant.recipe import Spec
 from ..triton import launch
 from ..triton.epilogue import ACTIVATIONS
 from ..triton.weight_only import OFFSET, pack_weight, w4a16_gemm, w8a16_gemm
-from .kernel import Claim, Product
+from .kernel import Claim, Product, misfit
 
 # What the kernels were compiled and looked at for: bits and granularity of the weight.
 FORMS = ((4, PerGroup(128)), (8, PerChannel(0)))
@@ -25,7 +25,7 @@ class WeightOnlyTritonLinear:
     epilogues = tuple(name for name in ACTIVATIONS if name != "none")
 
     def supports(self, product: Product) -> Claim | Miss:
-        w, (n, k) = product.weight_spec, product.weight.shape
+        w = product.weight_spec
         if reason := launch.why_not(product.x.device):
             return Miss(reason)
         if product.activation is not None:
@@ -36,8 +36,8 @@ class WeightOnlyTritonLinear:
             return Miss(f"activations are {product.x.dtype} and the result is {product.out_dtype}; one dtype is needed")
         if w is None or not isinstance(w.format, IntAffine) or (w.format.bits, w.granularity) not in FORMS:
             return Miss(f"weights are {w and w.brief}; 4 bits per group of 128, or 8 bits per channel, are needed")
-        if not (n > 0 and k > 0):
-            return Miss(f"the weight has shape [{n}, {k}]; at least one output and one input are needed")
+        if reason := misfit(product):
+            return Miss(reason)
         return Claim(self.name)
 
     def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxquant.graph.effects import writers_of
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Match, Miss, one_of, pattern
 from fxquant.graph.rewrite import splice
@@ -68,6 +69,9 @@ def _fits(match: Match) -> Miss | None:
         if y.dtype != x.dtype or not same_sizes(y.shape, x.shape):
             details = (node, y.dtype, list(y.shape), match.x, x.dtype, list(x.shape))
             return Miss("'{}' is {} {} and '{}' is {} {}; one dtype and shape is needed", node, 0, details)
+    for node in filter(None, (match.x, match.residual)):
+        if (writer := next(writers_of(node), None)) is not None:
+            return Miss("'{}' is written to by '{}', perhaps before the fused op would read it", node, 0, (node, writer))
     if norm is not match.root and (readers := _readers(norm, match)):
         return Miss("'{}' is also read by '{}' before it is rounded to {}", norm, 0, (norm, readers[0], x.dtype))
     place = _place(match)
