@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from fxquant.graph.tidy import operand, tidy, value
 from fxquant.patterns.annotate import SITE
 from fxquant.recipe import Spec
 
+from .kernels import packed_rows
 from .kernels.kernel import Claim, Kernel, Product
+from .kernels.simulated import SimulatedLinear
 
 aten = torch.ops.aten
 
@@ -42,10 +45,11 @@ def lower(gm: fx.GraphModule, kernels: Sequence[Kernel], fuel: Fuel) -> dict[str
             continue
         kernel, declined = _choose(kernels, operands.product)
         if not fuel.take(f"lower {operands.site}"):
-            outcome[operands.site] = Lowered("simulated (float GEMM of rounded operands): out of fuel", ())
+            outcome[operands.site] = Lowered(f"{SimulatedLinear.name}: out of fuel", ())
             continue
         _write(gm, node, kernel, operands, prepared)
         outcome[operands.site] = Lowered(kernel.name, declined)
+    _lower_look_ups(gm, fuel, outcome)
     for node in gm.graph.nodes:
         if (site := node.meta.get(SITE)) is not None and site not in outcome:
             outcome[site] = Lowered("simulated (float product of rounded operands)", ("only linears have kernels",))
@@ -53,6 +57,20 @@ def lower(gm: fx.GraphModule, kernels: Sequence[Kernel], fuel: Fuel) -> dict[str
         replace(gm, node, lambda x, spec: read_spec(spec).fake_quantize(x), *node.args, memo="fake_quantize")
     tidy(gm)
     return outcome
+
+
+def _lower_look_ups(gm: fx.GraphModule, fuel: Fuel, outcome: dict[str, Lowered]) -> None:
+    """Look-ups in rounded tables become look-ups in packed ones."""
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.embedding.default)):
+        site = node.meta.get(SITE)
+        table, spec = _unquantized(operand(node, 0))
+        if site is None or spec is None or not packed_rows.supports(value(table), spec) or not fuel.take(f"lower {site}"):
+            continue
+        width, dtype = value(table).shape[1], value(node).dtype
+
+        packed = splice(gm, node, partial(packed_rows.pack, spec=spec), table, memo=("packed rows", spec))
+        replace(gm, node, partial(packed_rows.look_up, spec=spec, width=width, dtype=dtype), packed, operand(node, 1))
+        outcome[site] = Lowered(packed_rows.NAME, ())
 
 
 @dataclass(frozen=True)
@@ -96,7 +114,8 @@ def _choose(kernels: Sequence[Kernel], product: Product) -> tuple[Kernel, tuple[
     raise AssertionError("the last kernel supports every product")
 
 
-Prepared = dict[tuple[str, fx.Node, Spec], tuple[fx.Node, ...]]
+Prepared = dict[tuple[str, fx.Node], tuple[fx.Node, ...]]
+"""(kernel, rounded input) -> the prepared input. An input that is written to in place has a rounding per reader."""
 
 
 def _write(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: Prepared) -> None:
@@ -107,7 +126,12 @@ def _write(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prep
     last, epilogue = _epilogue(node, kernel)
     p = dataclasses.replace(o.product, epilogue=epilogue)
     memo = (kernel.name, "product", p.activation, p.weight_spec, epilogue, str(p.weight.shape), p.x.dtype, p.out_dtype)
-    replace(gm, last, lambda x, w, b: kernel.product(x, w, b, p), x, packed, o.bias, memo=memo)
+    # Where the product stood, not where its activation did: the input may be written to between the two.
+    result = splice(gm, node, lambda x, w, b: kernel.product(x, w, b, p), x, packed, o.bias, memo=memo)
+    last.replace_all_uses_with(result)
+    gm.graph.erase_node(last)
+    if last is not node:
+        gm.graph.erase_node(node)
 
 
 def _prologue(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: Prepared) -> tuple[fx.Node, ...]:
@@ -115,7 +139,7 @@ def _prologue(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, p
     spec = o.product.activation
     if spec is None:
         return (o.x,)
-    key = (kernel.name, o.x, spec)
+    key = (kernel.name, operand(node, 0))
     if key not in prepared:
         prepared[key] = tuple(splice(gm, node, lambda x: kernel.prologue(x, spec), o.x, memo=(kernel.name, "prologue", spec)))
     return prepared[key]

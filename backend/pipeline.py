@@ -8,16 +8,20 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import GradientError
-from fxquant.graph.capture import Parameter, capture
+from fxquant.graph.capture import Parameter, capture, has_tensors
 from fxquant.graph.fold import FoldedWeights, fold
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.stages import Stages
-from fxquant.graph.tidy import tidy, views_that_may_copy
-from fxquant.patterns.annotate import Site, annotate, quantize
+from fxquant.graph.tidy import tidy, value, views_that_may_copy
+from fxquant.graph.weights import cone_of
+from fxquant.patterns.annotate import NO_RANGE, Site, annotate, quantize
 from fxquant.patterns.canonical import canonicalize
-from fxquant.patterns.transforms import equalize
+from fxquant.patterns.edges import Edge
+from fxquant.patterns.linear import parameter_products
+from fxquant.patterns.transforms import equalize, get
+from fxquant.plan import Plan
 from fxquant.recipe import Recipe, rule_names
-from fxquant.report import Artifact, GraphSite, register
+from fxquant.report import Artifact, GraphSite, register, rules_of
 
 from .inductor import compile_runtime
 from .kernels import KERNELS
@@ -27,20 +31,26 @@ from .settings import Settings
 from .triton.fuse import fuse_norms
 
 
-def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
-    """Dynamo's graph ``gm``, quantized as ``settings.recipe`` says and compiled."""
-    stages, fuel, recipe = Stages(settings.trace), Fuel(settings.fuel), settings.recipe
+def compile_graph(gm: fx.GraphModule, settings: Settings) -> Callable[..., Any]:
+    """Dynamo's graph ``gm``, quantized as ``settings.recipe`` says and compiled; one of sizes alone is handed back."""
+    if not has_tensors(gm):
+        return gm.forward
+    stages, fuel, recipe, plan = Stages(settings.trace), Fuel(settings.fuel), settings.recipe, settings.plan
 
     graph = tidy(capture(gm))
-    reads = [i for i, node in enumerate(graph.graph.find_nodes(op="placeholder")) if Parameter.of(node) is not None]
+    inputs = graph.graph.find_nodes(op="placeholder")
+    reads = {parameter.path: i for i, node in enumerate(inputs) if (parameter := Parameter.of(node)) is not None}
     stages.show("captured", graph)
     graph = canonicalize(graph, fuel)
     stages.show("canonical", graph)
-    notes = equalize(graph, recipe.transforms, fuel)
+    if plan is not None:
+        _check(plan, graph, {path: tuple(value(inputs[i]).shape) for path, i in reads.items()})
+    notes = equalize(graph, recipe.transforms, fuel, **_arguments(plan))
     stages.show("equalized", graph, f"{len(notes)} transforms")
-    sites = annotate(graph, recipe, fuel)
+    annotation = annotate(graph, recipe, fuel, plan.range if plan else _no_range)
+    sites = annotation.sites
     stages.show("annotated", graph)
-    quantize(graph, sites)
+    quantize(graph, annotation)
     stages.show("quantized", graph)
     kernels = lower(graph, KERNELS, fuel)
     fuse_norms(graph, fuel)
@@ -51,7 +61,10 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> "CompiledGraph":
     stages.tell(fuel)
     run = compile_runtime(folded.runtime, settings.inductor)
 
-    artifact = Artifact(recipe, tuple(_graph_site(site, kernels.get(site.key), recipe) for site in sites), tuple(notes), reads)
+    listed = [_graph_site(site, kernels.get(site.key), recipe) for site in sites]
+    for edges, reason in ((annotation.edges, ""), (annotation.open, NO_RANGE)):
+        listed += [_graph_edge(edge, reads, reason) for edge in edges if edge.role != "input" and edge.names[0] in reads]
+    artifact = Artifact(recipe, tuple(listed), tuple(notes), sorted(reads.values()))
     register(artifact)
     _warn_of_what_was_not_done(artifact)
     weights = FoldedWeights(folded.units, [i for site in sites for i in site.arguments], artifact.meet)
@@ -122,6 +135,40 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
+def _no_range(edge: str) -> None:
+    """Without a plan no static range is known but those that the recipe lists."""
+
+
+def _arguments(plan: Plan | None) -> dict[str, dict[str, Any]]:
+    """What the plan's transforms write, by transform and need; nothing where calibration found nothing to do."""
+    if plan is None:
+        return {}
+    found = {name: plan.maps(name) for name in plan.recipe.transforms}
+    return {name: {need: found[name].get(need, {}) for need in get(name).needs} for name in found}
+
+
+def _check(plan: Plan, graph: fx.GraphModule, weights: dict[str, tuple[int, ...]]) -> None:
+    """Raise PlanError if a product of this graph has a weight that the plan has not met, or not so; a graph may be a part."""
+    read = {p.path for product in parameter_products(graph) for n in cone_of(product.weight) if (p := Parameter.of(n))}
+    if any(plan.sites.get(path) != weights[path] for path in read if path in weights):
+        plan.check(weights)
+
+
+def _graph_edge(edge: Edge, reads: dict[str, int], reason: str = "") -> GraphSite:
+    """An activation that is rounded beside the products: listed, not counted."""
+    path = edge.names[0]
+    return GraphSite(
+        path=path,
+        op=edge.key.removeprefix(f"{path}:"),
+        argument=reads[path],
+        elements=0,
+        counted=False,
+        spec=f"A {edge.spec.brief}",
+        kernel="rounded in floating point" if not reason else "",
+        reason=reason,
+    )
+
+
 def _graph_site(site: Site, lowered: Lowered | None, recipe: Recipe) -> GraphSite:
     return GraphSite(
         path=site.path,
@@ -132,9 +179,13 @@ def _graph_site(site: Site, lowered: Lowered | None, recipe: Recipe) -> GraphSit
         spec=site.spelled,
         kernel=lowered.kernel if lowered else "",
         reason=site.reason or ("" if lowered else "no kernel took it"),
-        ignored_by=tuple(rule for rule in recipe.ignore if any(rule_names(rule, name) for name in site.names)),
+        named_by=tuple(rule for rule in rules_of(recipe) if any(_names(rule, name) for name in site.names)),
         noise=site.noise,
     )
+
+
+def _names(rule: str, site: str) -> bool:
+    return rule_names(rule, site) or rule.removesuffix(".weight") == site.removesuffix(".weight")
 
 
 def _warn_of_what_was_not_done(artifact: Artifact) -> None:

@@ -17,6 +17,7 @@ from .errors import RecipeError, nearest
 from .numerics.affine import IntAffine, QParams
 from .numerics.formats import FORMATS, Format
 from .numerics.granularity import GRANULARITIES, Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from .numerics.observer import Observer
 from .numerics.ranges import DYNAMIC, RANGES, Given, Range, check_range
 
 VERSION = 1  # of the dict form; a change that old code would misread raises it
@@ -38,8 +39,9 @@ class Spec:
         for name, kinds in _PARTS.items():
             if not isinstance(value := getattr(self, name), kinds):
                 raise RecipeError(f"the {name} of a Spec is {value!r}, one of {_names(kinds)} is needed")
-        if isinstance(self.range, Given) and not isinstance(self.granularity, PerTensor):
-            raise RecipeError(f"a given range is one per tensor, the granularity is {self.granularity}; use PerTensor()")
+        if isinstance(self.range, Given) and self.granularity != (wanted := self.range.granularity):
+            kind = "one per channel" if self.range.per_channel else "one per tensor"
+            raise RecipeError(f"a given range is {kind}, the granularity is {self.granularity}; use {wanted}")
 
     def fit(self, x: Tensor) -> QParams:
         """The scales and zero points for ``x``."""
@@ -68,8 +70,13 @@ class Spec:
 
     @property
     def is_static(self) -> bool:
-        """The range is given beforehand, not taken from the data at hand."""
-        return isinstance(self.range, Given)
+        """For activations: the range is fixed beforehand, given or observed, not taken from the data at hand."""
+        return isinstance(self.range, Given) or self.is_observed
+
+    @property
+    def is_observed(self) -> bool:
+        """For activations: calibration has to watch them and put a given range in the place of this one."""
+        return isinstance(self.range, Observer) or self.range == Given()
 
     @property
     def brief(self) -> str:
@@ -80,20 +87,57 @@ class Spec:
         return f"{sign}{self.format.bits} per {type(self.granularity).__name__.removeprefix('Per').lower()}{size}{static}"
 
 
+ROLES = ("weights", "activations", "embeddings", "norms", "attention", "probabilities", "residuals")
+"""What a Spec of a recipe may be for; the fields of Recipe of these names say what each is."""
+
+
+@dataclass(frozen=True)
+class Override:
+    """Another Spec, or none, for one role at the sites that ``rule`` names (as the rules of ``ignore`` do).
+
+    >>> Override("classifier", "weights", Spec(IntAffine(8), PerChannel(0)))   # doctest: +SKIP
+    """
+
+    rule: str
+    role: str
+    spec: Spec | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, str) or not self.rule:
+            raise RecipeError(f"an override has the rule {self.rule!r}, a name or 're:...' is needed")
+        _check_rule(self.rule)
+        if self.role not in ROLES:
+            raise RecipeError(f"the override of {self.rule!r} has the role {self.role!r}: {nearest(str(self.role), ROLES)}")
+        if not isinstance(self.spec, Spec | None):
+            raise RecipeError(f"the override of {self.rule!r} has the spec {self.spec!r}, a Spec or None is needed")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A frozen, hashable, printable choice of transforms and specs; its repr and its dict can be read back.
 
-    ``weights`` and ``activations``: the Spec of the operands of matrix products, None to leave them in floating point.
+    What is rounded, each a Spec or None for floating point:
+    ``weights`` and ``activations``: the operands of products of an activation with a parameter.
+    ``embeddings``: the tables of look-ups. ``norms``: the outputs of norms that a product reads, for the shortcut as well.
+    ``attention``: queries, keys and values. ``probabilities``: what the softmax of attention gives.
+    ``residuals``: the operands of residual adds and of concatenations of activations; those of one op share a range.
+
     ``transforms``: names, in the order they are applied; the pipeline knows them.
     ``ignore``: sites to leave alone, see ``ignores``.
-    ``ranges``: (site, lo, hi) where the activations have ``Given()``, in the values that are quantized, after the transforms.
+    ``overrides``: other Specs for some sites; where several name a site, the last one counts.
+    ``ranges``: (site, lo, hi) where the activations are static, in the values that are quantized, after the transforms.
     Raises RecipeError for anything of a wrong type, saying where and what is needed.
     """
 
     name: str = "custom"
     weights: Spec | None = None
     activations: Spec | None = None
+    embeddings: Spec | None = None
+    norms: Spec | None = None
+    attention: Spec | None = None
+    probabilities: Spec | None = None
+    residuals: Spec | None = None
+    overrides: tuple[Override, ...] = ()
     transforms: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     ranges: tuple[tuple[str, float, float], ...] = ()
@@ -101,14 +145,21 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise RecipeError(f"the name of a recipe is {self.name!r}, a string is needed")
-        for role in ("weights", "activations"):
+        for role in ROLES:
             if not isinstance(spec := getattr(self, role), Spec | None):
                 raise RecipeError(f"{role} of recipe {self.name!r} is {spec!r}, a Spec or None is needed")
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        for override in self.overrides:
+            if not isinstance(override, Override):
+                raise RecipeError(f"overrides of recipe {self.name!r} holds {override!r}, an Override is needed")
         for field in ("transforms", "ignore"):
             object.__setattr__(self, field, _strings(field, getattr(self, field)))
         for rule in self.ignore:
             _check_rule(rule)
         object.__setattr__(self, "ranges", _ranges(self.ranges))
+        if self.ranges and (self.activations is None or not self.activations.is_static):
+            what = "left in floating point" if self.activations is None else f"{self.activations.range}"
+            raise RecipeError(f"recipe {self.name!r} lists ranges and its activations are {what}; a static recipe takes them")
 
     @staticmethod
     def presets() -> tuple[str, ...]:
@@ -141,6 +192,14 @@ class Recipe:
         """
         return next((rule for rule in self.ignore if rule_names(rule, site)), None)
 
+    def spec(self, role: str, names: Iterable[str]) -> Spec | None:
+        """The Spec of ``role`` at a site that goes by ``names``: of the last override that names it, else the recipe's own."""
+        names = tuple(names)
+        for override in reversed(self.overrides):
+            if override.role == role and any(rule_names(override.rule, name) for name in names):
+                return override.spec
+        return getattr(self, role)  # type: ignore[no-any-return]  # a field of this name
+
     def given_range(self, site: str) -> tuple[float, float] | None:
         """(lo, hi) that ``ranges`` lists for ``site`` (a final ``.weight`` may be left out on either side), or None."""
         for listed, lo, hi in self.ranges:
@@ -153,8 +212,8 @@ class Recipe:
         return {
             "version": VERSION,
             "name": self.name,
-            "weights": _spec_to_dict(self.weights),
-            "activations": _spec_to_dict(self.activations),
+            **{role: _spec_to_dict(getattr(self, role)) for role in ROLES},
+            "overrides": [{"rule": o.rule, "role": o.role, "spec": _spec_to_dict(o.spec)} for o in self.overrides],
             "transforms": list(self.transforms),
             "ignore": list(self.ignore),
             "ranges": [list(r) for r in self.ranges],
@@ -173,9 +232,10 @@ class Recipe:
         if (version := given.pop("version", VERSION)) != VERSION:
             raise RecipeError(f"the recipe has version {version!r}, this fxquant reads version {VERSION}; upgrade it")
         _check_keys("a recipe", given, Recipe)
-        for role in ("weights", "activations"):
+        for role in ROLES:
             if given.get(role) is not None:
                 given[role] = _spec_from_dict(role, given[role])
+        given["overrides"] = tuple(_override_from_dict(override) for override in given.get("overrides", ()))
         return Recipe(**given)
 
 
@@ -187,8 +247,18 @@ def _spec_to_dict(spec: Spec | None) -> dict[str, Any] | None:
     return None if spec is None else {name: _kind_to_dict(getattr(spec, name)) for name in _PARTS}
 
 
+def _override_from_dict(data: Any) -> Override:
+    _check_mapping("an override", data)
+    _check_keys("an override", data, Override)
+    if missing := [f.name for f in fields(Override) if f.name not in data]:
+        raise RecipeError(f"an override has no {missing[0]!r}; it needs a rule, a role and a spec (or None)")
+    spec = data["spec"]
+    return Override(data["rule"], data["role"], None if spec is None else _spec_from_dict("override.spec", spec))
+
+
 def _kind_to_dict(value: Any) -> dict[str, Any]:
-    return {"kind": type(value).__name__} | {f.name: getattr(value, f.name) for f in fields(value)}
+    given = {f.name: getattr(value, f.name) for f in fields(value)}
+    return {"kind": type(value).__name__} | {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
 
 
 def _spec_from_dict(where: str, data: Any) -> Spec:

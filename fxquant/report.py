@@ -40,7 +40,7 @@ class Report:
     """What one model's compiled graphs do; ``str(report)`` is for reading, with equal layers on one line.
 
     ``unmet`` names the weights (of two axes or more) that no compiled graph has met: their modules ran uncompiled, or not.
-    ``unused`` are the recipe's ignore rules that name no site.
+    ``unused`` are the recipe's rules (of ignore, overrides and ranges) that name no site.
     """
 
     recipe: str
@@ -72,7 +72,7 @@ class Report:
             count = len(self.unmet)
             lines.append(f"{count} weights were met by no compiled graph, so they ran uncompiled or not at all: {shown}")
         if self.unused:
-            lines.append(f"ignore rules that name no site: {', '.join(map(repr, self.unused))}")
+            lines.append(f"rules that name no site: {', '.join(map(repr, self.unused))}")
         done = [s for s in self.sites if s.status == "quantized"]
         if done:
             lines += ["", *_table([("site", "op", "spec", "kernel", "weight SQNR"), *_rows(done)])]
@@ -134,7 +134,8 @@ class GraphSite:
     """A site of one compiled graph, before it is known whose parameters it reads.
 
     ``argument`` is the position of the parameter among the graph's arguments, ``path`` its name below what was compiled;
-    ``ignored_by`` are the recipe's rules that name it; ``noise`` maps the graph's arguments, by position and no more than the
+    ``named_by`` are the recipe's rules and listed ranges that name it;
+    ``noise`` maps the graph's arguments, by position and no more than the
     unit reads, to the weight's SQNR in dB.
     """
 
@@ -146,7 +147,7 @@ class GraphSite:
     spec: str = ""
     kernel: str = ""
     reason: str = ""
-    ignored_by: tuple[str, ...] = ()
+    named_by: tuple[str, ...] = ()
     noise: Callable[[Mapping[int, Tensor]], float] | None = None
 
 
@@ -212,8 +213,8 @@ def explain(model: nn.Module) -> Report:
     order = {name: i for i, (name, _) in enumerate(tensors)}
     found = sorted((site for _, site in sites.values()), key=lambda s: order.get(s.name, len(order)))
     alive = sorted({artifact for artifact, _ in sites.values()}, key=lambda artifact: artifact.number)
-    rules = {rule for artifact in alive for rule in artifact.recipe.ignore}
-    used = {rule for artifact in alive for site in artifact.sites for rule in site.ignored_by}
+    rules = {rule for artifact in alive for rule in rules_of(artifact.recipe)}
+    used = {rule for artifact in alive for site in artifact.sites for rule in site.named_by}
     met = {id(t) for artifact in alive for args in artifact.parameters() for t in args.values()}
     unmet = tuple(name for name, t in tensors if isinstance(t, nn.Parameter) and t.ndim > 1 and id(t) not in met)
     return Report(
@@ -231,6 +232,11 @@ _NOTHING = (
     "note that torch.compile(model).generate runs the uncompiled model."
 )
 _BARE = " A bare {} is never captured by model.compile(), whatever the backend: put it in a module of your own."
+
+
+def rules_of(recipe: Recipe) -> tuple[str, ...]:
+    """What a recipe says of sites by name: rules, and the sites whose ranges it lists."""
+    return (*recipe.ignore, *(override.rule for override in recipe.overrides), *(site for site, _, _ in recipe.ranges))
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

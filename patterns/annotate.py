@@ -1,7 +1,7 @@
-"""Say which edges of a graph are quantized and how: every product with a parameter is a Site, quantized or with a reason."""
+"""Say what of a graph is quantized and how: every product with a parameter is a Site, every activation to round an Edge."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,10 +16,10 @@ from fxquant.graph.rewrite import WRITTEN, splice
 from fxquant.graph.tidy import operand, value
 from fxquant.graph.weights import cone_of, parameter_only
 from fxquant.numerics.granularity import PerChannel, PerToken
-from fxquant.numerics.ranges import Given
 from fxquant.recipe import Recipe, Spec
 from fxquant.report import sqnr
 
+from .edges import Edge, Ranges, edges_of, insert, rounded, settle
 from .linear import parameter_products
 
 aten = torch.ops.aten
@@ -55,9 +55,24 @@ class Site:
         return ", ".join(f"{letter} {spec.brief}" for letter, spec in sides if spec is not None)
 
 
-def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel) -> list[Site]:
-    """The sites of ``gm`` under ``recipe``; nodes that compute one get its key. The graph computes what it did."""
-    sites: list[Site] = []
+@dataclass(frozen=True, eq=False)
+class Annotation:
+    """What ``annotate`` decided: the sites, quantized or with a reason, and the edges of activations that are rounded.
+
+    ``open`` are the static edges whose range is not known; what they are for stays in floating point.
+    """
+
+    sites: tuple[Site, ...]
+    edges: tuple[Edge, ...]
+    open: tuple[Edge, ...] = ()
+
+
+def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | None = None) -> Annotation:
+    """The sites and edges of ``gm`` under ``recipe``; nodes that compute a site get its key. The graph computes what it did.
+
+    ``ranges`` gives the range of a static edge by its key. Without it static Specs stay open, for calibration to watch.
+    """
+    sites: dict[fx.Node, Site] = {}
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     folded = parameter_only(gm)
     for number, (node, weight, kind) in enumerate([*parameter_products(gm), *_look_ups(gm, folded)]):
@@ -72,30 +87,43 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel) -> list[Site]:
         site = _decide(site, node, weight, recipe)
         if not site.reason and not fuel.take(f"quantize {path}"):
             site = replace(site, reason="out of fuel")
+        sites[node] = site
+    edges = edges_of(gm, {n: (s.activation, s.names) for n, s in sites.items() if not s.reason and s.activation}, recipe)
+    missing: list[Edge] = []
+    if ranges is not None:
+        edges, missing = settle(edges, recipe, ranges)
+        without = {reader for edge in missing for reader in edge.readers}
+        edges = [replace(edge, readers=kept) for edge in edges if (kept := tuple(r for r in edge.readers if r not in without))]
+        for node in without & set(sites):
+            sites[node] = replace(sites[node], reason=NO_RANGE)
+    spec_of = {reader: edge.spec for edge in edges if edge.role in ("input", "norm") for reader in edge.readers}
+    for node, site in sites.items():
         if not site.reason:
             node.meta[SITE] = site.key
-            site = replace(site, noise=_noise(gm, weight, site))
-        sites.append(site)
-    return sites
+            site = replace(site, activation=spec_of.get(node, site.activation))
+            sites[node] = replace(site, noise=_noise(gm, operand(node, 0 if site.op == "embedding" else 1), site))
+    return Annotation(tuple(sites.values()), tuple(edges), tuple(missing))
 
 
-def quantize(gm: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
-    """Put a fake quantization on every annotated edge, in place; an input that several sites read alike is rounded once."""
-    chosen = {site.key: site for site in sites}
-    rounded: dict[tuple[fx.Node, Spec], fx.Node] = {}
+NO_RANGE = "the recipe is static and no range is known for this site; calibrate, or add it to ranges"
+
+
+def quantize(gm: fx.GraphModule, annotation: Annotation) -> fx.GraphModule:
+    """Put a fake quantization on every annotated edge and weight, in place."""
+    insert(gm, annotation.edges, rounded(gm))
+    quantize_weights(gm, annotation)
+    return gm
+
+
+def quantize_weights(gm: fx.GraphModule, annotation: Annotation) -> None:
+    """The weights' half of ``quantize``: the activations stay as they are."""
+    chosen = {site.key: site for site in annotation.sites}
     for node in list(gm.graph.nodes):
         site = chosen.get(node.meta.get(SITE))
-        if site is None:
-            continue
-        x, weight = node.args[0], node.args[1]
-        if site.activation is not None:
-            if (x, site.activation) not in rounded:
-                rounded[x, site.activation] = _round(gm, node, x, site.activation)
-            node.update_arg(0, rounded[x, site.activation])
-        if site.weight is not None:
-            node.update_arg(1, _round_weight(gm, node, weight, site.op, site.weight))
+        if site is not None and site.weight is not None:
+            place = 0 if site.op == "embedding" else 1
+            node.update_arg(place, _round_weight(gm, node, operand(node, place), site.op, site.weight))
     gm.recompile()
-    return gm
 
 
 def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
@@ -107,7 +135,11 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
     if rule := next(filter(None, map(recipe.ignores, site.names)), None):
         return refuse(f"ignored by {rule!r}")
     if site.op == "embedding":
-        return refuse("a look-up reads one row per token and multiplies nothing")
+        table = recipe.spec("embeddings", site.names)
+        if table is None:
+            return refuse("a look-up reads one row per token and multiplies nothing")
+        reason = table.granularity.refusal(value(weight).shape)
+        return refuse(reason) if reason else replace(site, weight=table)
     if site.op == "convolution":
         return refuse("a convolution that is no patch embedding; only matrix products are quantized")
     w = value(weight)
@@ -117,7 +149,9 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
         return refuse(f"the parameter has dtype {w.dtype}, a floating-point one is needed")
     if not isinstance(node.args[0], fx.Node) or not isinstance(node.args[1], fx.Node) or node.args[1] is not weight:
         return refuse(f"{node.target} is quantized only where its operands are an activation and then a weight")
-    weight_spec, activation = recipe.weights, recipe.activations
+    weight_spec, activation = recipe.spec("weights", site.names), recipe.spec("activations", site.names)
+    if weight_spec is None and activation is None:
+        return refuse("ignored: the recipe asks for nothing here")
     if weight_spec is not None and site.op != "linear" and isinstance(weight_spec.granularity, PerChannel):
         weight_spec = replace(weight_spec, granularity=PerToken())  # a stack of matrices: one scale per row of each
     shape = list(w.shape) if site.op == "linear" else [*w.shape[:-2], w.shape[-1], w.shape[-2]]
@@ -126,11 +160,6 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
     if activation is not None:
         if not value(node.args[0]).is_floating_point():
             return refuse(f"the activation has dtype {value(node.args[0]).dtype}")
-        if activation.range == Given():
-            given = next(filter(None, map(recipe.given_range, site.names)), None)
-            if given is None:
-                return refuse("the recipe is static and gives no range for this site; add it to ranges")
-            activation = replace(activation, range=Given(*given))
         if reason := activation.granularity.refusal(value(node.args[0]).shape):
             return refuse(reason)
     return replace(site, weight=weight_spec, activation=activation)
@@ -168,7 +197,7 @@ def _round(gm: fx.GraphModule, before: fx.Node, x: fx.Node, spec: Spec) -> fx.No
 
 def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, op: str, spec: Spec) -> fx.Node:
     """A weight [N, K] of a linear is rounded along K; of a stack [..., K, N] the transpose is."""
-    if op == "linear":
+    if op in ("linear", "embedding"):
         return _round(gm, before, weight, spec)
     turned: fx.Node = splice(gm, before, _transpose, weight)
     rounded: fx.Node = splice(gm, before, _transpose, _round(gm, before, turned, spec))
@@ -188,7 +217,7 @@ def _noise(gm: fx.GraphModule, weight: fx.Node, site: Site) -> Callable[[Mapping
 
     def noise(args: Mapping[int, Tensor]) -> float:
         (w,) = unit().fold([args[i] for i in unit().inputs])
-        w = w if site.op == "linear" else _transpose(w)
+        w = w if site.op in ("linear", "embedding") else _transpose(w)
         return sqnr(w, spec.fake_quantize(w))
 
     return noise

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.errors import RecipeError
 from fxquant.graph.equivalence import (
     Applied,
-    Explicit,
     Note,
     PositiveScale,
     Refusal,
@@ -25,14 +23,16 @@ from fxquant.graph.equivalence import (
     constant,
     find,
     site_name,
-    source_of,
     weight_algebra,
 )
 from fxquant.graph.fuel import Fuel
-from fxquant.graph.laws import LINEAR, NORMS
+from fxquant.graph.laws import LINEAR
 from fxquant.graph.weights import parameter_only
 
+from .inputs import check_lengths, region_at, sites_of
+from .measured import Measured
 from .migrate_gain import bias_of, norms_with_gain
+from .output_error import check_finite
 
 FLOOR = 1e-5
 
@@ -45,23 +45,11 @@ def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], 
     a linear by ways that a scale may go (values, gates), the scale is absorbed; else one multiply is left before the linear.
     Raises RecipeError for a statistic of another length.
     """
-    _check(gm, statistics)
-    notes: list[Note] = []
-    sites: list[tuple[str, fx.Node]] = []
-    seen: set[fx.Node] = set()
-    for linear in gm.graph.find_nodes(op="call_function", target=LINEAR[0]):
-        where = site_name(linear)
-        if where not in statistics or linear in seen:
-            continue
-        region = _region(gm, linear)
-        if isinstance(region, Refusal):
-            notes.append(Note("smooth", where, "refused", str(region)))
-        else:
-            seen |= {site.node for site in region.readers}
-            sites.append((where, linear))
+    check_lengths(gm, "statistic", statistics)
+    sites, notes = sites_of(gm, "smooth", statistics)
     # Backwards: a scale made by a linear's rows changes the weights that the site before it looks at.
     for where, linear in reversed(sites):
-        region = _region(gm, linear)
+        region = region_at(gm, linear, PositiveScale)
         if isinstance(region, Refusal) or not fuel.take(f"smooth {where}"):
             continue
         own = next(site for site in region.readers if site.node is linear)
@@ -70,6 +58,12 @@ def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], 
         notes.append(_apply(gm, region, [measured], None, alpha, "smooth", where))
     gm.recompile()
     return notes
+
+
+def choose(measured: Measured) -> dict[str, Tensor]:
+    """The statistic that ``smooth`` needs: ``max|X_j|`` [K]."""
+    check_finite(measured)
+    return {"statistics": torch.maximum(measured.low.abs(), measured.high.abs())}
 
 
 def balance(gm: fx.GraphModule, fuel: Fuel, *, alpha: float = 0.6, reach: float = 0.5) -> list[Note]:
@@ -93,28 +87,10 @@ def balance(gm: fx.GraphModule, fuel: Fuel, *, alpha: float = 0.6, reach: float 
     return notes
 
 
-def _check(gm: fx.GraphModule, statistics: Mapping[str, Tensor]) -> None:
-    for linear in gm.graph.find_nodes(op="call_function", target=LINEAR[0]):
-        where, inputs = site_name(linear), linear.args[0].meta["val"].shape[-1]
-        if where in statistics and tuple(statistics[where].shape) != (inputs,):
-            given = tuple(statistics[where].shape)
-            raise RecipeError(f"the statistic of '{where}' has shape {given}; its linear reads {inputs} channels")
-
-
 def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     """``s`` [C] from ``max|X|`` and ``max|W|`` [C]; 1 for a channel that carries next to nothing: it needs no help."""
     s = activation.clamp_min(FLOOR) ** alpha / weight.clamp_min(FLOOR) ** (1 - alpha)
     return torch.where((activation > FLOOR) & (weight > FLOOR), s, torch.ones_like(s))
-
-
-def _region(gm: fx.GraphModule, linear: fx.Node) -> Region | Refusal:
-    """Where the scale on a linear's input may be absorbed; else an explicit multiply at that input."""
-    x: Any = linear.args[0]
-    cut = source_of(x)
-    absorbed = find(gm, cut, PositiveScale, explicit=Explicit.READERS if cut.target in NORMS else Explicit.NOWHERE)
-    if isinstance(absorbed, Region) and any(site.node is linear for site in absorbed.readers):
-        return absorbed
-    return find(gm, x, PositiveScale, explicit=Explicit.SOURCE)
 
 
 def _apply(

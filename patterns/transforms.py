@@ -3,32 +3,42 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant.errors import RecipeError, nearest
 from fxquant.graph.equivalence import Note
 from fxquant.graph.fuel import Fuel
 
+from . import awq, shift_scale, smooth
+from .cross_layer import cross_layer
+from .measured import Measured
 from .migrate_gain import migrate_gain
-from .smooth import balance, smooth
+from .rotate import rotate
 
 
 @dataclass(frozen=True)
 class Transform:
     """``run(gm, fuel, **arguments)`` changes ``gm`` in place, computes the same function, and says where it did what.
 
-    ``needs`` are the arguments without a default: what data must be measured first.
+    ``needs`` are the arguments without a default: what data must be measured first. ``choose(measured)`` picks them for one
+    linear input, a tensor for each need, or says in a sentence why that input is left alone; ``run`` takes them by site:
+    ``scale={"encoder.layer.0.attention.self.query.weight": tensor}``.
     """
 
     name: str
     run: Callable[..., list[Note]]
     needs: tuple[str, ...] = ()
+    choose: Callable[[Measured], dict[str, Tensor] | str] | None = None
 
 
 TRANSFORMS: tuple[Transform, ...] = (
     Transform("migrate_gain", migrate_gain),
-    Transform("balance", balance),
-    Transform("smooth", smooth, needs=("statistics",)),
+    Transform("balance", smooth.balance),
+    Transform("smooth", smooth.smooth, needs=("statistics",), choose=smooth.choose),
+    Transform("shift_scale", shift_scale.shift_scale, needs=("scale", "shift"), choose=shift_scale.choose),
+    Transform("awq", awq.awq, needs=("scale",), choose=awq.choose),
+    Transform("cross_layer", cross_layer),
+    Transform("rotate", rotate),
 )
 
 

@@ -53,11 +53,11 @@ def in_double(gm: fx.GraphModule, values: list[Any]) -> list[Tensor]:
 
 
 def distance(wanted: list[Tensor], got: list[Tensor]) -> float:
-    """The largest relative error (2-norm) over pairs of tensors; infinite where shapes or types differ."""
+    """The largest relative error (2-norm) over pairs of tensors; infinite where shapes or types differ, NaN where one is."""
     if [(w.shape, w.dtype) for w in wanted] != [(g.shape, g.dtype) for g in got]:
         return float("inf")
-    pairs = zip(wanted, got, strict=True)
-    return max(float((w.double() - g.double()).norm() / w.double().norm().clamp_min(1e-300)) for w, g in pairs)
+    pairs = [(w.double(), g.double()) for w, g in zip(wanted, got, strict=True)]
+    return float(torch.stack([(w - g).norm() / w.norm().clamp_min(1e-300) for w, g in pairs]).max())
 
 
 def ops(gm: fx.GraphModule) -> Counter[str]:

@@ -106,8 +106,14 @@ def _trained(value: Tensor, how: str) -> Tensor:
 
 
 def relative_error(before: list[Tensor], after: list[Tensor]) -> float:
-    """The largest deviation of any output, relative to that output's largest entry."""
-    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in zip(before, after, strict=True))
+    """The largest deviation of any output, relative to that output's largest entry; infinite where shapes or types differ.
+
+    NaN if there is one in either, which is not below any tolerance (``max`` of Python would pass over it).
+    """
+    if [(a.shape, a.dtype) for a in before] != [(b.shape, b.dtype) for b in after]:
+        return float("inf")
+    errors = [(a - b).abs().max() / a.abs().max().clamp_min(1e-30) for a, b in zip(before, after, strict=True)]
+    return float(torch.stack([error.double() for error in errors]).max())
 
 
 def absmax_of_linear_inputs(graph: Graph) -> dict[str, Tensor]:

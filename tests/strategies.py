@@ -10,7 +10,7 @@ from torch import Tensor
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from fxquant.numerics.ranges import Dynamic, Given, MinMSE
-from fxquant.recipe import Recipe, Spec
+from fxquant.recipe import ROLES, Override, Recipe, Spec
 
 float_dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
@@ -101,14 +101,25 @@ specs = st.one_of(
 )
 
 _dotted = st.lists(st.sampled_from(["layers", "0", "mlp", "up", "weight", "größe"]), min_size=1, max_size=4).map(".".join)
-recipes = st.builds(
-    Recipe,
-    name=st.text(max_size=8),
-    weights=st.none() | specs,
-    activations=st.none() | specs,
-    transforms=st.lists(st.sampled_from(["migrate_gain", "smooth"]), max_size=2),
-    ignore=st.lists(_dotted | _dotted.map("re:{}$".format), max_size=3),
-    ranges=st.lists(
-        st.tuples(_dotted, _ends).map(lambda r: (r[0], *r[1])), max_size=3, unique_by=lambda r: r[0].removesuffix(".weight")
-    ),
+_rules = _dotted | _dotted.map("re:{}$".format)
+_ranges = st.lists(
+    st.tuples(_dotted, _ends).map(lambda r: (r[0], *r[1])), max_size=3, unique_by=lambda r: r[0].removesuffix(".weight")
 )
+
+
+@st.composite
+def recipes_of(draw: st.DrawFn) -> Recipe:
+    """Recipes of all kinds; ranges are listed where the activations are static."""
+    roles = {role: draw(st.none() | specs) for role in ROLES}
+    static = roles["activations"] is not None and roles["activations"].is_static
+    return Recipe(
+        name=draw(st.text(max_size=8)),
+        **roles,
+        overrides=draw(st.lists(st.builds(Override, _rules, st.sampled_from(ROLES), st.none() | specs), max_size=2)),
+        transforms=draw(st.lists(st.sampled_from(["migrate_gain", "smooth"]), max_size=2)),
+        ignore=draw(st.lists(_rules, max_size=3)),
+        ranges=draw(_ranges) if static else (),
+    )
+
+
+recipes = recipes_of()

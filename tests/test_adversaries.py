@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fxquant
 from fxquant.graph import fold
+from fxquant.graph.fingerprint import fingerprint
 
 D = 32
 
@@ -125,9 +126,9 @@ def test_rows_that_change_places_are_seen_by_a_look_at_the_contents() -> None:
 @pytest.mark.parametrize("size", [1, 7, 2048, 8192, 8200])
 def test_a_fingerprint_knows_order_shape_and_type(size: int) -> None:
     x = torch.arange(size, dtype=torch.int32)
-    prints = [fold._fingerprint(t) for t in (x, x.roll(1), x.flip(0), x.view(-1, 1), x.view(torch.float32), x + 1)]
+    prints = [fingerprint(t) for t in (x, x.roll(1), x.flip(0), x.view(-1, 1), x.view(torch.float32), x + 1)]
     assert len(set(prints)) == (len(prints) if size > 2 else 4)
-    assert fold._fingerprint(x.clone()) == prints[0]
+    assert fingerprint(x.clone()) == prints[0]
 
 
 @torch.no_grad()
@@ -152,7 +153,8 @@ def test_a_tensor_made_in_inference_mode_does_not_hide_the_others() -> None:
     with torch.inference_mode():
         model.b.weight = nn.Parameter(torch.randn(D, D), requires_grad=False)
     run = compiled(model)
-    run(x)
+    with pytest.warns(UserWarning, match="'b.weight': made in inference mode"):
+        run(x)
     model.a.weight.mul_(-4.0)
     assert error(run(x), model(x)) < 0.03
 
@@ -217,14 +219,12 @@ def test_layers_that_share_a_norm_are_looked_at_once(monkeypatch: pytest.MonkeyP
     for layer in layers:
         layer.compile(backend="outlierq", options={"inductor": False})
         layer(random(2, D))
-    fingerprint = fold._fingerprint
-
     def counted(tensor: Tensor) -> int:
         nonlocal looks
         looks += 1
         return fingerprint(tensor)
 
-    monkeypatch.setattr(fold, "_fingerprint", counted)
+    monkeypatch.setattr(fold, "fingerprint", counted)
     for layer in layers:
         layer(random(2, D))
     assert looks == 0

@@ -5,6 +5,7 @@ import inspect
 import re
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,11 +273,68 @@ def test_every_stage_is_written_and_runs(tmp_path: object) -> None:
 
 
 @torch.no_grad()
-def test_fuel_lets_only_the_first_rewrites_happen() -> None:
+def test_fuel_lets_only_the_first_rewrites_happen(tmp_path: Path) -> None:
     block = Block()
     expected = block(x)
-    errors = [error(compiled(block, fuel=fuel)(x), expected) for fuel in (0, 1000)]
-    assert errors[0] < 1e-6 < errors[1]
+    rewrites, errors = [], []
+    for fuel in range(9):
+        errors.append(error(compiled(block, fuel=fuel, trace=str(tmp_path / str(fuel)))(x), expected))
+        rewrites.append(next((tmp_path / str(fuel)).glob("graph*/rewrites.txt")).read_text().splitlines())
+    whole = rewrites[-1]
+    assert rewrites == [whole[:fuel] for fuel in range(9)]
+    assert 4 < len(whole) < 9
+    assert errors[0] < 1e-6 < errors[-1]
+
+
+class Written(nn.Module):
+    """Writes to the input of two products between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        p = self.a(h)
+        h[:, 0] = 30.0
+        return nn.functional.gelu(p) + self.b(h)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["W8A8", "W8A16"])
+def test_an_input_that_is_written_to_between_two_products_is_rounded_for_each(recipe: str) -> None:
+    model, data = Written().eval(), torch.randn(4, 16)
+    expected = model(data)
+    assert error(compiled(model, recipe=recipe)(data), expected) < 0.03
+
+
+class Heads(nn.Module):
+    """Returns what attention gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.project(x).view(2, 16, 4, 8).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+@torch.no_grad()
+def test_attention_that_is_returned_can_be_viewed_as_before() -> None:
+    model, data = Heads().eval(), torch.randn(2, 16, 32)
+    got = compiled(model)(data)
+    assert got.stride() == (512, 128, 8, 1)
+    assert got.view(2, 4, -1).shape == (2, 4, 128)
+
+
+def test_ranges_of_a_recipe_that_takes_none_and_of_sites_that_are_none_are_told() -> None:
+    with pytest.raises(Exception, match="lists ranges and its activations are Dynamic"):
+        compiled(Block(), ranges={"up": (-1.0, 1.0)})(x)
+    block = Block()
+    with pytest.warns(UserWarning, match="no range is known"), torch.no_grad():
+        compiled(block, recipe="W8A8-static", ranges={"up": (-4.0, 4.0), "typo": (0.0, 1.0)})(x)
+    assert fxquant.explain(block).unused == ("typo",)
 
 
 @torch.no_grad()
@@ -309,4 +367,4 @@ def test_what_no_graph_has_met_and_rules_that_name_nothing_are_told() -> None:
     assert report.unmet == ("second.up.weight", "second.down.weight")
     assert report.unused == ("nosuch",)
     assert "2 weights were met by no compiled graph" in str(report)
-    assert "ignore rules that name no site: 'nosuch'" in str(report)
+    assert "rules that name no site: 'nosuch'" in str(report)

@@ -17,7 +17,9 @@ FLOORS = (
     ("fxquant.numerics",),
     ("fxquant.recipe",),  # what is wanted, in terms of numbers alone
     ("fxquant.graph",),
-    ("fxquant.plan", "fxquant.report"),
+    ("fxquant.plan", "fxquant.page_frame"),
+    ("fxquant.page",),
+    ("fxquant.report",),
     ("fxquant.patterns",),
     ("fxquant.backend",),
 )

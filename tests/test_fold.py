@@ -1,15 +1,19 @@
 """Folded weights are always those of today: in-place changes, new dtypes, tied tables, many layers in one graph."""
 
 import gc
+import sys
+import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 
 import fxquant
-from fxquant.graph.fold import CACHE
+from fxquant.graph import fold
+from fxquant.graph.fold import CACHE, FoldedWeights
 
 OPTIONS = {"inductor": False}
 
@@ -244,3 +248,151 @@ def test_folded_weights_die_with_their_parameters() -> None:
     gc.collect()
     assert alive() is None
     assert len(CACHE._entries) == before
+
+
+def test_folded_weights_die_with_the_graphs_that_use_them() -> None:
+    gc.collect()
+    before = len(CACHE._entries)
+    model = Stack().eval()
+    for recipe in ("W8A8", "W8A16"):
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="outlierq", options={"recipe": recipe, **OPTIONS})
+        run(x)
+    gc.collect()
+    assert len(CACHE._entries) == before + 3  # those of the second recipe
+    del run
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(CACHE._entries) == before
+
+
+def let_go_of_the_data(model: Stack) -> Callable[[], bool]:
+    """Whether the memory of the first weight, which the model lets go here, is free."""
+    weight = model.layers[0].linear.weight
+    reference = weight.untyped_storage()._weak_ref()
+    weight.data = torch.empty(0)
+    return lambda: bool(torch.UntypedStorage._expired(reference))
+
+
+@BOTH
+@pytest.mark.parametrize("forget", [fxquant.refresh, CACHE.clear])
+def test_memory_that_the_model_lets_go_is_free_when_it_says_so(build: object, forget: Callable[[], None]) -> None:
+    model = build()
+    model(x)
+    is_free = let_go_of_the_data(model)
+    forget()
+    assert is_free()
+
+
+def test_memory_that_the_model_lets_go_is_free_when_its_graphs_are_gone() -> None:
+    model = Stack().eval()
+    run = torch.compile(model, backend="outlierq", options=OPTIONS)
+    run(x)
+    is_free = let_go_of_the_data(model)
+    del run
+    torch._dynamo.reset()
+    gc.collect()
+    assert is_free()
+
+
+def test_memory_that_one_graph_sees_replaced_is_let_go_by_the_others() -> None:
+    model = whole()
+    model(x)
+    model(torch.randn(2, 3, 32))  # another rank is another graph
+    weight = model.layers[0].linear.weight
+    reference = weight.untyped_storage()._weak_ref()
+    weight.data = weight.data + 1
+    model(x)
+    assert torch.UntypedStorage._expired(reference)
+
+
+def test_clear_makes_the_next_call_fold_anew() -> None:
+    model = whole()
+    model(x)
+    folds = CACHE.folds
+    CACHE.clear()
+    model(x)
+    assert CACHE.folds == folds + 3
+
+
+@BOTH
+def test_a_second_look_at_the_same_contents_folds_nothing(build: object) -> None:
+    model = build()
+    model(x)
+    folds = CACHE.folds
+    fxquant.refresh()
+    model(x)
+    assert CACHE.folds == folds
+
+
+def test_layers_that_share_their_largest_weight_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = nn.Linear(32, 32)
+    layers = [Layer().eval() for _ in range(3)]
+    for layer in layers:
+        layer.linear = shared
+        nn.init.normal_(layer.norm.weight, 1, 0.5)
+        layer.compile(backend="outlierq", options=OPTIONS)
+        layer(x)
+    folds = CACHE.folds
+    monkeypatch.setattr(fold, "fingerprint", None)  # nothing is looked at
+    for layer in layers:
+        expected = x + shared(layer.norm(x))
+        assert ((layer(x) - expected).norm() / expected.norm()).item() < 0.01
+    assert CACHE.folds == folds
+
+
+def test_weights_whose_writes_are_not_counted_are_named_once() -> None:
+    with torch.inference_mode():
+        model = Stack(depth=1).eval()
+    model.compile(backend="outlierq", options=OPTIONS)
+    with pytest.warns(UserWarning, match=r"'layers.0.norm.weight' and 2 others: made in inference mode.*fxquant.refresh") as seen:
+        model(x)
+        with torch.inference_mode():
+            model.load_state_dict({name: -3 * value for name, value in model.state_dict().items()})
+        fxquant.refresh()
+        assert_right(model, x)
+    assert sum("inference mode" in str(warning.message) for warning in seen) == 1
+
+
+class Cycle:
+    """Garbage that only the collector finds, with a parameter in it."""
+
+    def __init__(self) -> None:
+        self.parameter, self.me = nn.Parameter(torch.zeros(1)), self
+
+
+def test_parameters_may_die_while_others_are_met() -> None:
+    """In one thread the collector ends them in the midst of a look at all; in several each thread ends its own."""
+    graph, errors = FoldedWeights((), (0, 1), lambda args: None), []
+    kept = [nn.Parameter(torch.zeros(1)) for _ in range(400)]
+
+    def meet(parameters: list[nn.Parameter]) -> None:
+        try:
+            for one in parameters:
+                graph((one, kept[0]))
+        except RuntimeError as error:
+            errors.append(error)
+
+    def churn() -> None:
+        while time.monotonic() < end:
+            meet([nn.Parameter(torch.zeros(1)) for _ in range(20)])
+
+    meet(kept)
+    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
+    try:
+        gc.set_threshold(30, 1, 1)
+        for _ in range(20):
+            meet([Cycle().parameter for _ in range(10)])
+            meet(kept[:1])
+        gc.set_threshold(*thresholds)
+        sys.setswitchinterval(1e-6)
+        end = time.monotonic() + 1
+        threads = [threading.Thread(target=churn) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*thresholds)
+        sys.setswitchinterval(interval)
+    assert errors == []

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from measuring import random_maps
 from random_graphs import (
     ARCHITECTURES,
     TOLERANCE,
@@ -31,6 +32,8 @@ variants = st.sampled_from([*((t.name, {}) for t in TRANSFORMS), ("migrate_gain"
 def run(transform: Transform, graph: Graph, fuel: Fuel | None = None, **arguments: object) -> list[Note]:
     if "statistics" in transform.needs:
         arguments["statistics"] = absmax_of_linear_inputs(graph)
+    elif transform.choose is not None:
+        arguments |= random_maps(transform, graph)
     return transform.run(graph.gm, fuel or Fuel(), **arguments)
 
 

@@ -153,6 +153,45 @@ def test_a_variable_may_be_written_before_or_after_but_not_meanwhile(when: str) 
     assert match or "is written in place by 'add_' meanwhile" in str(match)
 
 
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "clone": torch.clone,
+    "widened": Tensor.double,
+    "a copy of a copy": lambda x: x.double().clone(),
+}
+
+
+@pytest.mark.parametrize("written", ["the source", "the copy"])
+@pytest.mark.parametrize("when", ["never", "before", "meanwhile", "after"])
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_variable_reads_the_source_of_a_copy_unless_either_was_written_since(copy: str, when: str, written: str) -> None:
+    def fn(x: Tensor) -> Tensor:
+        if when == "before":
+            x.view(-1).add_(1)
+        y = COPIES[copy](x)
+        changed = x if written == "the source" else y
+        if when == "meanwhile":
+            changed.view(-1).add_(1)
+        z = torch.neg(torch.tanh(0.5 * y))
+        if when == "after":
+            changed.view(-1).add_(1)
+        return z
+
+    gm = graph_of(fn, (3, 8))
+    root = result(gm).args[0]
+    assert isinstance(root, fx.Node)
+    match = half_tanh.match(root)
+    assert bool(match) == (when != "meanwhile")
+    if match:
+        assert match.x in inputs(gm)
+    else:
+        assert "is written in place by 'add_' meanwhile" in str(match)
+
+
+def test_a_copy_that_others_read_as_well_does_not_forbid_the_match() -> None:
+    gm = graph_of(lambda x: ((y := x.double()) * 2, torch.tanh(0.5 * y)), (3, 8))
+    assert half_tanh.match(tanh_of(gm))
+
+
 def test_one_of_tells_which_spelling_was_taken_and_leaves_the_rest_unbound() -> None:
     @pattern(x=(2, 8), w=(8,))
     def maybe(x: Tensor, w: Tensor) -> Tensor:

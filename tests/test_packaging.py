@@ -69,7 +69,6 @@ def test_the_constraints_pin_what_the_project_asks_for() -> None:
     assert names <= pinned
 
 
-@pytest.mark.slow
 def test_a_wheel_holds_every_source_and_nothing_at_the_top_level(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for name in ("fxquant", "backend", "patterns"):

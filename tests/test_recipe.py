@@ -161,7 +161,7 @@ def test_a_dot_in_a_plain_rule_is_a_dot():
 
 
 def test_the_range_of_a_site_is_found_with_or_without_weight():
-    recipe = Recipe(ranges=[("a.b", -1, 2.5), ("c.weight", 0, 0)])
+    recipe = Recipe.preset("W8A8-static", ranges=[("a.b", -1, 2.5), ("c.weight", 0, 0)])
     assert recipe.given_range("a.b.weight") == recipe.given_range("a.b") == (-1.0, 2.5)
     assert recipe.given_range("c") == (0.0, 0.0) and recipe.given_range("b") is None
 

@@ -1,5 +1,6 @@
 """Writing a function into a graph: what is traced once is as good as what is traced each time."""
 
+import pytest
 import torch
 from graphs import graph_of, run, values_of
 from torch import Tensor
@@ -38,3 +39,13 @@ def test_a_memo_is_for_one_type_of_arguments() -> None:
         replace(gm, node, lambda x: x.reshape(-1).clamp_min(0).reshape(x.shape), *node.args, memo="flat")
     gm.recompile()
     torch.testing.assert_close(run(gm, values), wanted)
+
+
+@pytest.mark.parametrize("numbers", [(2, 2.0), (2.0, 2), (True, 1.0)])
+def test_a_memo_tells_equal_numbers_of_different_types_apart(numbers: tuple[float, float]) -> None:
+    gm = graph_of(lambda x, y: (torch.relu(x), torch.relu(y)), *[torch.ones(4, dtype=torch.int64)] * 2)
+    for node, number in zip(list(gm.graph.find_nodes(op="call_function", target=aten.relu.default)), numbers, strict=True):
+        replace(gm, node, lambda x, k: x * k, *node.args, number, memo="times")
+    gm.recompile()
+    dtypes = [torch.float32 if type(number) is float else torch.int64 for number in numbers]
+    assert [y.dtype for y in run(gm, values_of(gm))] == dtypes

@@ -1,7 +1,7 @@
 """Dynamo's graph becomes one pre-dispatch ATen graph with named parameters, under Dynamo's own fake values."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import CaptureError
 
-_STEP = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
+_STEP = re.compile(r"\.(\w+)|\['?([^'\]]+)'?\]")
+_OF_A_MODULE = ("_modules", "_parameters", "_buffers")
 
 
 @dataclass(frozen=True)
 class Parameter:
     """What a placeholder stands for when it is a parameter or a buffer of the user's module.
 
-    ``path`` is the dotted name below the module that was compiled (under regional compile that is the layer, not the model).
+    ``path`` is the dotted name below the module that was compiled (under regional compile that is the layer, not the model);
+    it begins with the name of a module that a plain function holds.
     """
 
     path: str
@@ -38,18 +40,22 @@ def read_source(source: str) -> Parameter | None:
     >>> read_source("L['self']._modules['encoder']._modules['0']._parameters['weight']")
     Parameter(path='encoder.0.weight', kind='parameter')
     """
-    if "._parameters[" in source:
-        return Parameter(".".join(_STEP.findall(source)), "parameter")
-    if "._buffers[" in source:
-        return Parameter(".".join(_STEP.findall(source)), "buffer")
-    return None
+    kind = "parameter" if "._parameters[" in source else "buffer"
+    if kind == "buffer" and "._buffers[" not in source:
+        return None
+    steps = [attribute or key for attribute, key in _STEP.findall(source)]
+    below = steps[1:] if steps[:1] == ["self"] else steps
+    return Parameter(".".join(step for step in below if step not in _OF_A_MODULE), kind)
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     """The fake mode under which ``gm`` was captured; new nodes must get their values under it."""
     mode = gm.meta.get("fake_mode")
     if not isinstance(mode, FakeTensorMode):
-        raise CaptureError("this graph was not made by capture(): it carries no fake mode")
+        raise CaptureError(
+            "this graph was not made by capture(): it carries no fake mode; capture it, or set gm.meta['fake_mode'] to the mode "
+            "of its fake values"
+        )
     return mode
 
 
@@ -96,9 +102,17 @@ class _Inlining(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
+def has_tensors(gm: fx.GraphModule) -> bool:
+    """False for Dynamo's graph of sizes alone, as may lie between two graph breaks: there is nothing in it to capture."""
+    return any(isinstance(value, FakeTensor) for value in _values(gm))
+
+
+def _values(gm: fx.GraphModule) -> Iterator[Any]:
+    return (node.meta.get("example_value") for node in gm.graph.nodes)
+
+
 def _mode_of(values: Sequence[Any], gm: fx.GraphModule) -> FakeTensorMode:
-    candidates = [*values, *(node.meta.get("example_value") for node in gm.graph.nodes)]
-    for value in candidates:
+    for value in (*values, *_values(gm)):
         if isinstance(value, FakeTensor):
             return value.fake_mode
-    raise CaptureError("the graph holds no tensor, so there is nothing to quantize")
+    raise CaptureError("the graph holds no tensor, so there is nothing to capture; ask has_tensors(gm) first")

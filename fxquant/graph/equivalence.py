@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .blocks import Blocks
 from .capture import Parameter, fake_mode_of
 from .fuel import Fuel
-from .laws import LAWS, Effect, Law, Map, PositiveScale, Rotation, Scale, Shift, laws_of
+from .laws import LAWS, Centre, Effect, Law, Map, Matrix, PositiveScale, Rotation, Scale, Shift, laws_of
 from .layout import Layout
 from .region import Explicit, Refusal, Region, Site, find, source_of
 from .rewrite import WRITTEN, splice
 from .weights import depends_on_parameters_only, parameter_only
 
 __all__ = [
-    "LAWS", "Applied", "Effect", "Explicit", "Law", "Map", "Note", "PositiveScale", "Refusal", "Region", "Rotation", "Scale",
-    "Shift", "Site", "apply", "channels_of", "constant", "find", "laws_of", "root_of", "site_name", "source_of",
-    "weight_algebra",
+    "LAWS", "Applied", "Centre", "Effect", "Explicit", "Law", "Map", "Matrix", "Note", "PositiveScale", "Refusal", "Region",
+    "Rotation", "Scale", "Shift", "Site", "apply", "channels_of", "constant", "find", "laws_of", "root_of", "site_name",
+    "source_of", "weight_algebra",
 ]  # fmt: skip
 
 
@@ -161,48 +162,55 @@ def _end_of_weights(gm: fx.GraphModule) -> fx.Node:
 
 def _write(gm: fx.GraphModule, region: Region, map: Map) -> tuple[fx.Node, ...]:
     """The weight algebra of the whole region in one piece (tracing is what costs), then its explicit ops; the latter."""
-    kind = type(map)
+    kind, entries = type(map), list(region.entries)
     sites = [*region.producers, *region.readers, *region.constants]
-    beyond = [site for site in region.explicit if not (region.at_source and site.value is region.cut)]
-    left = {site.value: site.layout for site in beyond}
+    left = {site.value: site.layout for site in region.explicit}
     old = [_weights(site) for site in sites]
-    indices = [_index(gm, layout, region, map) for layout in [*(site.layout for site in sites), *left.values()]]
+    ends = [*left.values(), *(region.carried[value] for value in entries)]
+    indices = [_index(gm, layout, region, map) for layout in [*(site.layout for site in sites), *ends]]
 
-    def algebra(m: Tensor, weights: list[Any], indices: list[Any]) -> tuple[list[Any], list[Tensor], Tensor | None]:
+    def algebra(m: Tensor, weights: list[Any], indices: list[Any]) -> tuple[list[Any], list[Tensor]]:
         new = [_new_weights(site, m, w, i, kind) for site, w, i in zip(sites, weights, indices, strict=False)]
-        spread = [_laid_out(m, layout, i, kind) for layout, i in zip(left.values(), indices[len(sites) :], strict=True)]
-        operands = [_cast(kind.operand(m), value.meta["val"].dtype) for m, value in zip(spread, left, strict=True)]
-        source = _cast(kind.operand(kind.inverse(m)), region.cut.meta["val"].dtype) if region.at_source else None
-        return new, operands, source
+        spread = [_laid_out(m, layout, i, kind) for layout, i in zip(ends, indices[len(sites) :], strict=True)]
+        operands = [_operand(m, value, kind.operand) for m, value in zip(spread, left, strict=False)]
+        return new, operands + [_operand(m, v, kind.entering) for m, v in zip(spread[len(left) :], entries, strict=True)]
 
-    held = [*((site.law, site.layout.index.shape, site.node.meta["val"].dtype) for site in sites), region.cut.meta["val"].dtype]
-    held += [(value.meta["val"].dtype, layout.index.shape) for value, layout in left.items()]
-    memo = ("map", kind, region.at_source, *held)  # equal layers are traced once
-    new, operands, source = weight_algebra(gm, algebra, map.value, old, indices, memo=memo)
+    held = [(site.law, _form(site.layout, map), site.node.meta["val"].dtype) for site in sites]
+    held += [(None, _form(layout, map), value.meta["val"].dtype) for value, layout in zip([*left, *entries], ends, strict=True)]
+    memo = ("map", kind, len(sites), len(entries), *held)  # equal layers are traced once
+    new, operands = weight_algebra(gm, algebra, map.value, old, indices, memo=memo)
     for site, before, after in zip(sites, old, new, strict=True):
         for slot, was, now in zip(site.law.weights if site.law else (site.argument,), before, after, strict=True):
             if now is not was:
                 _set_argument(site.node, slot, was, now)
-    written = {value: _explicit(gm, value, kind, operand) for value, operand in zip(left, operands, strict=True)}
-    for site in beyond:
-        _set_argument(site.node, site.argument, site.value, written[site.value])
-    if region.at_source:
-        going_on = {site.node for site in region.readers} | set(region.carried)
-        readers = [reader for reader in region.cut.users if reader in going_on]
-        written[region.cut] = _explicit(gm, region.cut, kind, source)
-        for reader in readers:
-            reader.replace_input_with(region.cut, written[region.cut])
-    return tuple(written.values())
+    written = [_explicit(gm, value, kind, operand) for value, operand in zip([*left, *entries], operands, strict=True)]
+    undone = dict(zip(left, written, strict=False))
+    for site in region.explicit:
+        _set_argument(site.node, site.argument, site.value, undone[site.value])
+    for value, op in zip(entries, written[len(left) :], strict=True):
+        for reader, argument in region.entries[value]:
+            _set_argument(reader, argument, value, op)
+    return tuple(written)
 
 
 def _explicit(gm: fx.GraphModule, value: fx.Node, kind: type[Map], operand: fx.Node) -> fx.Node:
     """The op that is left over, right behind ``value``."""
-    with gm.graph.inserting_after(value):
+    with gm.graph.inserting_after(operand if value.op == "placeholder" else value):
         node = gm.graph.call_function(kind.explicit, (value, operand))
     with fake_mode_of(gm):
         node.meta["val"] = kind.explicit(value.meta["val"], operand.meta["val"])
     node.meta[WRITTEN] = True
     return node
+
+
+def _operand(m: Any, value: fx.Node, of: Callable[[Any], Any]) -> Any:
+    operand = of(m)
+    return _cast(operand.dense() if isinstance(operand, Blocks) else operand, value.meta["val"].dtype)
+
+
+def _form(layout: Layout, map: Map) -> Any:
+    """What of a layout is written into the algebra; the rest of it is a constant of the graph."""
+    return layout.blocks(map.value.meta["val"].shape[-1]) if isinstance(map, Matrix) else layout.index.shape
 
 
 def _weights(site: Site) -> list[Any]:
@@ -212,22 +220,29 @@ def _weights(site: Site) -> list[Any]:
 
 
 def _new_weights(site: Site, m: Tensor, weights: list[Any], index: Any, kind: type[Map]) -> list[Any]:
-    """The law's rewrite on (fake) tensors. Computed in the wider of the dtypes, kept in that of the weight."""
+    """The law's rewrite on (fake) tensors. Computed in the wider of the dtypes, kept in that of the weight.
+
+    An operand of an elementwise op (a mask of bool, a table of integers, a number in a tensor) is kept in that of the result.
+    """
     dtype = site.node.meta["val"].dtype
+    elementwise = site.law is None or not site.law.whole_axis
+    old = weights
     m = _laid_out(m, site.layout, index, kind)
+    weights = [w if w is None else _cast(w, torch.promote_types(w.dtype, m.dtype)) for w in weights]
     rewrite = site.law.rewrite if site.law else None
     new = rewrite(*weights, m) if rewrite else (kind.apply(weights[0], m),)
-    return [_cast(now, dtype if was is None else was.dtype) for was, now in zip(weights, new, strict=True)]
+    return [_cast(now, dtype if was is None or elementwise else was.dtype) for was, now in zip(old, new, strict=True)]
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
     return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
-def _laid_out(m: Tensor, layout: Layout, index: Any, kind: type[Map]) -> Tensor:
-    """The map's vector, one number per entry of the layout, without leading axes of size 1."""
-    if kind is Rotation:
-        return m
+def _laid_out(m: Tensor, layout: Layout, index: Any, kind: type[Map]) -> Any:
+    """The map's vector, one number per entry of the layout, without leading axes of size 1; or its matrix, block by block."""
+    if issubclass(kind, Matrix):
+        runs = layout.blocks(len(m))
+        return m if runs is None or runs == (True,) else Blocks(m, runs)
     sizes = list(layout.index.shape)
     while len(sizes) > 1 and sizes[0] == 1:
         sizes.pop(0)
@@ -238,7 +253,7 @@ def _laid_out(m: Tensor, layout: Layout, index: Any, kind: type[Map]) -> Tensor:
 
 def _index(gm: fx.GraphModule, layout: Layout, region: Region, map: Map) -> fx.Node | None:
     """The layout as a constant of the graph, unless it is the channels in their order."""
-    if issubclass(type(map), Rotation) or layout.is_plain(region.channels):
+    if isinstance(map, Matrix) or layout.is_plain(region.channels):
         return None
     return _layout_constant(gm, layout, region, map.value.meta["val"].device)
 

@@ -6,10 +6,11 @@ it read, and a call first checks that these are still the same tensors with the 
 """
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, fx
 from ..errors import FxquantError
 from .capture import Parameter
 from .effects import family
+from .fingerprint import fingerprint
 from .rewrite import WRITTEN
 from .tidy import value
 from .weights import cone_of, parameter_only
@@ -152,7 +154,7 @@ def _extract(
     for i, node in enumerate(order):
         placed[node] = graph.node_copy(node, lambda n: placed[n])
         placed[node]._rename(f"n{i}")
-        constant = _fingerprint(_attribute(gm, node.target)) if node.op == "get_attr" else ""
+        constant = fingerprint(_attribute(gm, node.target)) if node.op == "get_attr" else ""
         spelled.append(f"{placed[node].format_node()} {constant}")
     graph.output(tuple(placed[o] for o in outputs))
     spelled.append(str([placed[o].name for o in outputs]))
@@ -165,44 +167,31 @@ def _attribute(gm: fx.GraphModule, target: Any) -> Any:
     return attrgetter(str(target))(gm)
 
 
-def _fingerprint(tensor: Tensor) -> int:
-    """A number that changes when the contents do, or their order; a few passes at memory speed."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.zeros(0, dtype=torch.uint8)
-    words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
-    width = min(max(words.numel(), 1), 4096)
-    rows = torch.nn.functional.pad(words, (0, -words.numel() % width)).view(-1, width)
-    per_row = (rows * _odd(width, rows.device)).sum(1)  # wraps around, as meant
-    return hash((tuple(tensor.shape), tensor.dtype, int((per_row * _odd(len(per_row), rows.device)).sum())))
-
-
-def _odd(count: int, device: torch.device) -> Tensor:
-    """Odd multipliers [count], no two alike, spread over 64 bits."""
-    return (torch.arange(1, count + 1, device=device) * -7046029254386353131) | 1
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Entry:
     """The folded tensors of one unit for one tuple of parameters."""
 
     state: State
     prints: tuple[int, ...]
     values: tuple[Tensor, ...]
-    guards: list[Any] = field(default_factory=list)
+
+
+Key = tuple[str, tuple[int, ...]]  # the unit's, and the identities of the parameters
 
 
 class WeightCache:
-    """Folded tensors by (unit, parameters); an entry dies with any of its parameters.
+    """Folded tensors by (unit, parameters), so that graphs share them; an entry lives as long as a graph that uses it.
 
     Shared by all graphs, safe under threads.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[str, tuple[int, ...]], _Entry] = {}
+        self._entries: weakref.WeakValueDictionary[Key, _Entry] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()
         self.folds = 0  # how many units were run, for tests and for the curious
 
-    def get(self, unit: Unit, parameters: Sequence[Tensor], first: bool) -> tuple[Tensor, ...]:
-        """The folded tensors of ``unit`` for ``parameters``.
+    def get(self, unit: Unit, parameters: Sequence[Tensor], first: bool) -> _Entry:
+        """The folded tensors of ``unit`` for ``parameters``; the caller keeps the entry.
 
         ``first``: the asking graph has not met these parameters before, so their contents are looked at, not only their state:
         ``p.data.add_(...)``, as in a LoRA merge, leaves no trace in the state.
@@ -214,22 +203,20 @@ class WeightCache:
             if (
                 entry is not None
                 and entry.state == state
-                and (not first or entry.prints == tuple(map(_fingerprint, parameters)))
+                and (not first or entry.prints == tuple(map(fingerprint, parameters)))
             ):
-                return entry.values
+                return entry
             values = unit.fold(parameters)
             self.folds += 1
-            guards = [weakref.ref(p, lambda _: self._entries.pop(key, None)) for p in parameters]
-            self._entries[key] = _Entry(state, tuple(map(_fingerprint, parameters)), values, guards)
-            return values
+            entry = self._entries[key] = _Entry(state, tuple(map(fingerprint, parameters)), values)
+            return entry
 
     def clear(self) -> None:
-        """Forget everything; the next call folds anew."""
+        """Forget everything, in every graph; the next call folds anew."""
         with self._lock:
             self._entries.clear()
-
-
-CACHE = WeightCache()
+            for graph in tuple(_GRAPHS):
+                graph.forget(entries=True)
 
 
 def state_of(parameters: Sequence[Tensor]) -> State:
@@ -243,13 +230,25 @@ def state_of(parameters: Sequence[Tensor]) -> State:
         return [*map(_address, parameters)], [0 if p.is_inference() else p._version for p in parameters]
 
 
+@dataclass(eq=False)
+class _Storage:
+    """Keeps the storage that a parameter had when it was folded, so that no other can come to lie at its address.
+
+    Without it ``p.data = a; p.data = b`` might put ``b`` where the folded one was, and an address would prove nothing.
+    """
+
+    held: torch.UntypedStorage
+    graphs: "weakref.WeakSet[FoldedWeights]" = field(default_factory=weakref.WeakSet)
+
+
 @dataclass(frozen=True)
 class _Known:
     """What one compiled graph remembers of one set of parameters."""
 
+    identities: tuple[int, ...]
     state: State
     values: list[Tensor]
-    generation: int
+    storages: tuple[_Storage, ...]
     guards: tuple[Any, ...]
 
 
@@ -257,80 +256,112 @@ class FoldedWeights:
     """The weight side of one compiled graph: hands out folded tensors, and checks on every call that they are still right.
 
     The check reads address and version counter of each parameter in ``watched`` (argument positions; all that the units read
-    are added); ``_Storages`` makes addresses proofs. Not seen between two calls of the same graph: a write through ``p.data``
-    that keeps the address, such as ``p.data.add_(...)``; call ``refresh()`` after one. ``on_new(args)`` is called when
-    parameters are met or met changed.
+    are added); the storages are kept, which makes addresses proofs. Not seen between two calls of the same graph: a write
+    through ``p.data`` that keeps the address, such as ``p.data.add_(...)``; call ``refresh()`` after one. ``on_new(args)`` is
+    called when parameters are met or met changed.
     """
 
     def __init__(self, units: Sequence[Unit], watched: Sequence[int], on_new: Callable[[Sequence[Any]], None]) -> None:
         self._units = tuple(units)
-        indices = sorted({*watched, *(i for unit in units for i in unit.inputs)})
-        self._pick = _picker(indices)
-        self._largest: int | None = None  # whose identity tells layers apart: small parameters are shared more often
-        self._known: dict[int, _Known] = {}
+        self._pick = _picker(sorted({*watched, *(i for unit in units for i in unit.inputs)}))
+        self._largest: int | None = None  # whose identity tells layers apart, or nearly so: they may share it
+        self._known: dict[int, tuple[_Known, ...]] = {}
+        self._entries: dict[Key, tuple[_Entry, tuple[Any, ...]]] = {}  # with the guards that drop them
+        self._warned = False
         self._on_new = on_new
+        with CACHE._lock:
+            _GRAPHS.add(self)
 
     def __call__(self, args: Sequence[Any]) -> list[Tensor]:
         parameters = self._pick(args)
+        state = state_of(parameters)
         if self._largest is None:
             self._largest = max(range(len(parameters)), key=lambda i: parameters[i].numel(), default=-1)
-        known = self._known.get(id(parameters[self._largest]) if parameters else 0)
-        if known is not None and known.generation == _generation and known.state == state_of(parameters):
-            return known.values
-        return self._fold(args, parameters)
+        key = id(parameters[self._largest]) if parameters else 0
+        for known in self._known.get(key, ()):
+            if known.state == state:
+                return known.values
+        return self._fold(args, parameters, key, state)
 
-    def _fold(self, args: Sequence[Any], parameters: Sequence[Tensor]) -> list[Tensor]:
-        key = id(parameters[self._largest or 0]) if parameters else 0
-        known = self._known.get(key)
-        state = state_of(parameters)
-        seen = known is not None and known.generation == _generation and known.state[0] == state[0]
+    def _fold(self, args: Sequence[Any], parameters: Sequence[Tensor], key: int, state: State) -> list[Tensor]:
+        generation, identities = _generation, tuple(map(id, parameters))
+        seen = any(known.identities == identities and known.state[0] == state[0] for known in self._known.get(key, ()))
+        self._warn_of_inference(args)
         values: list[Tensor] = []
         for unit in self._units:
             mine = [args[i] for i in unit.inputs]
-            values += CACHE.get(unit, mine, first=not seen)
-        guards = tuple(weakref.ref(p, lambda _: self._known.pop(key, None)) for p in parameters)
-        STORAGES.hold(parameters, self)
-        self._known[key] = _Known(state, values, _generation, guards)
+            entry = CACHE.get(unit, mine, first=not seen)
+            entry_key = (unit.key, tuple(map(id, mine)))
+            self._entries[entry_key] = (entry, _guards(mine, self, entry_key))
+            values += entry.values
+        storages = _hold(parameters, self)
+        with CACHE._lock:
+            if generation == _generation:  # else somebody asked meanwhile to look at the contents again
+                others = [known for known in self._known.get(key, ()) if known.identities != identities]
+                self._known[key] = (*others, _Known(identities, state, values, storages, _guards(parameters, self, key)))
         self._on_new(args)
         return values
 
+    def _warn_of_inference(self, args: Sequence[Any]) -> None:
+        named = [pair for unit in self._units for pair in zip(unit.inputs, unit.names, strict=True)]
+        blind = list(dict.fromkeys(name for i, name in named if args[i].is_inference()))
+        if blind and not self._warned:
+            self._warned = True
+            more = f" and {len(blind) - 1} others" if len(blind) > 1 else ""
+            warnings.warn(
+                f"parameter '{blind[0]}'{more}: made in inference mode, where PyTorch counts no writes: call "
+                "fxquant.refresh() after a change of it, such as load_state_dict, or the old weights stay in use",
+                stacklevel=2,
+            )
 
-    def forget(self) -> None:
-        """Look at every parameter anew on the next call."""
-        self._known.clear()
+    def forget(self, *, entries: bool = False, storage: _Storage | None = None) -> None:
+        """Look at the parameters anew on the next call: at all of them, or at those that had ``storage``.
+
+        Their contents decide whether the folded tensors are still right; with ``entries`` these are forgotten too.
+        """
+        if entries:
+            self._entries.clear()
+        for key, known in self._known.copy().items():
+            if storage is None or any(storage in one.storages for one in known):
+                self._known.pop(key, None)
+
+    def _drop(self, key: Any) -> None:
+        self._known.pop(key, None)
+        self._entries.pop(key, None)
 
 
-class _Storages:
-    """Keeps the storage that each parameter had when it was folded, so that no other can come to lie at its address.
+CACHE = WeightCache()
+_GRAPHS: weakref.WeakSet[FoldedWeights] = weakref.WeakSet()
+_STORAGES: weakref.WeakValueDictionary[int, _Storage] = weakref.WeakValueDictionary()  # by the identity of the parameter
 
-    Without it ``p.data = a; p.data = b`` might put ``b`` where the folded one was, and an address would prove nothing. When a
-    parameter is met with another storage, the old one is let go and all graphs that read the parameter look at it anew.
+
+def _guards(parameters: Sequence[Tensor], graph: FoldedWeights, key: Any) -> tuple[Any, ...]:
+    """What dies with any of the parameters; the guards do not keep the graph alive."""
+    drop = weakref.WeakMethod(graph._drop)
+
+    def gone(_: object) -> None:
+        if (call := drop()) is not None:
+            call(key)
+
+    return tuple(weakref.ref(p, gone) for p in parameters)
+
+
+def _hold(parameters: Sequence[Tensor], graph: FoldedWeights) -> tuple[_Storage, ...]:
+    """The storages that ``parameters`` have now, to be kept by ``graph``.
+
+    A parameter that is met with another storage than before lets the old one go: all graphs that kept it look at it anew.
     """
-
-    def __init__(self) -> None:
-        self._held: dict[int, tuple[weakref.ref[Tensor], torch.UntypedStorage, weakref.WeakSet[FoldedWeights]]] = {}
-        self._lock = threading.RLock()
-
-    def hold(self, parameters: Sequence[Tensor], graph: FoldedWeights) -> None:
-        """Keep the storages that ``parameters`` have now, on behalf of ``graph``."""
-        with self._lock:
-            for key in [k for k, held in self._held.items() if not held[2]]:
-                del self._held[key]  # no graph reads it any more
-            for parameter in parameters:
-                key, storage = id(parameter), parameter.untyped_storage()
-                held = self._held.get(key)
-                if held is None or held[1]._cdata != storage._cdata:
-                    for other in () if held is None else tuple(held[2]):
-                        other.forget()
-                    alive = weakref.ref(parameter, partial(self._let_go, key))
-                    held = self._held[key] = (alive, storage, weakref.WeakSet())
-                held[2].add(graph)
-
-    def _let_go(self, key: int, _: object) -> None:
-        self._held.pop(key, None)
-
-
-STORAGES = _Storages()
+    found = []
+    with CACHE._lock:
+        for parameter in parameters:
+            now, storage = parameter.untyped_storage(), _STORAGES.get(id(parameter))
+            if storage is None or storage.held._cdata != now._cdata:
+                for other in () if storage is None else tuple(storage.graphs):
+                    other.forget(storage=storage)
+                storage = _STORAGES[id(parameter)] = _Storage(now)
+            storage.graphs.add(graph)
+            found.append(storage)
+    return tuple(found)
 
 
 def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -350,4 +381,7 @@ def refresh() -> None:
     Needed only after a write that PyTorch does not count, such as ``p.data.copy_(...)`` on a model that stays compiled.
     """
     global _generation
-    _generation += 1
+    with CACHE._lock:
+        _generation += 1
+        for graph in tuple(_GRAPHS):
+            graph.forget()

@@ -25,9 +25,13 @@ from .laws import (
     RMS_NORM,
     SOFTMAX,
     SUB,
+    Centre,
     Effect,
     Law,
+    Matrix,
     Rotation,
+    factor_per_row,
+    factor_per_row_first,
     no_gain,
     rows_sum_to_one,
 )
@@ -52,7 +56,7 @@ def sides(op: Any, law: Law, new: New, call: Callable[..., Any]) -> tuple[Any, A
     """Both sides of the identity of ``law`` for ``op``; equal if it is one (for ``stops``: equal if it stopped nothing)."""
     given = list(_example(op, law).arguments(new))
     plain = call(op, given)
-    m = new.rotation(CHANNELS) if law.kind is Rotation else new.positive(CHANNELS)  # type: ignore[attr-defined]
+    m = _map(law, new)
     turned = list(given)
     if law.effect is Effect.READ or law.effect is Effect.MADE:
         assert law.rewrite is not None
@@ -69,6 +73,20 @@ def sides(op: Any, law: Law, new: New, call: Callable[..., Any]) -> tuple[Any, A
     outputs = plain if isinstance(plain, (list, tuple)) else [plain]
     expected = [law.kind.apply(part, m) for part in outputs]
     return call(op, turned), expected if isinstance(plain, (list, tuple)) else expected[0]
+
+
+def _map(law: Law, new: New) -> Any:
+    """The number, vector or matrix of a map of the law's kind, on CHANNELS channels."""
+    if law.kind is Rotation:
+        return new.rotation(CHANNELS)  # type: ignore[attr-defined]
+    if not issubclass(law.kind, Matrix):
+        return new.positive(CHANNELS)  # type: ignore[attr-defined]
+    m = new(CHANNELS, CHANNELS)
+    if law.kind is not Centre:
+        return m
+    for i, j in np.ndindex(CHANNELS, CHANNELS):
+        m[i, j] = (1 if i == j else 0) - (1 / CHANNELS if isinstance(m, torch.Tensor) else _exact(1) / CHANNELS)
+    return m
 
 
 def difference(op: Any, law: Law) -> list[Any]:
@@ -229,6 +247,9 @@ EXAMPLES |= dict.fromkeys(GROUPED, _GROUP)
 # Laws that hold under a condition, on arguments that meet it.
 CONDITIONAL: dict[tuple[Any, Any], Example] = {
     (RMS_NORM[0], no_gain): Example(lambda new: [new(TOKENS, CHANNELS), [CHANNELS], None, EPS], _rms),
+    (MUL[0], factor_per_row): Example(lambda new: [new(TOKENS, CHANNELS), new(TOKENS, 1)], operator.mul),
+    (DIV[0], factor_per_row): Example(lambda new: [new(TOKENS, CHANNELS), new(TOKENS, 1)], operator.truediv),
+    (MUL[0], factor_per_row_first): Example(lambda new: [new(TOKENS, 1), new(TOKENS, CHANNELS)], operator.mul),
     (PRODUCTS[0], rows_sum_to_one): Example(lambda new: [_rows_of_one(new), new(2, CHANNELS)], np.matmul),
     (PRODUCTS[1], rows_sum_to_one): Example(lambda new: [_rows_of_one(new)[None], new(1, 2, CHANNELS)], np.matmul),
 }

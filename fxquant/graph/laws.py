@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, SPLITS, same
+from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, SPLITS, same, shape
 
 aten = torch.ops.aten
 
@@ -52,8 +52,13 @@ class Map:
 
     @staticmethod
     def operand(m: Any) -> Any:
-        """What ``explicit`` takes beside ``x~``."""
+        """What ``explicit`` takes beside ``x~`` to give ``x``."""
         return m
+
+    @classmethod
+    def entering(cls, m: Any) -> Any:
+        """What ``explicit`` takes beside ``x`` to give ``x~``."""
+        return cls.operand(cls.inverse(m))
 
 
 @dataclass(frozen=True)
@@ -101,14 +106,23 @@ class Shift(Map):
 
 
 @dataclass(frozen=True)
-class Rotation(Map):
-    """``x~ = x R`` with ``R`` orthogonal, on the last axis as a whole."""
+class Matrix(Map):
+    """``x~ = x M`` on the last axis: on the whole of it, or alike on every block of it (the heads of an attention)."""
 
     explicit: ClassVar[Any] = aten.matmul.default
 
     @staticmethod
     def apply(x: Any, m: Any) -> Any:
         return x @ m
+
+    @classmethod
+    def entering(cls, m: Any) -> Any:
+        return m
+
+
+@dataclass(frozen=True)
+class Rotation(Matrix):
+    """``x~ = x R`` with ``R`` orthogonal."""
 
     @staticmethod
     def undo(x: Any, m: Any) -> Any:
@@ -121,6 +135,11 @@ class Rotation(Map):
     @staticmethod
     def operand(m: Any) -> Any:
         return m.T
+
+
+@dataclass(frozen=True)
+class Centre(Matrix):
+    """``x~ = x - mean(x)`` = ``x C`` with ``C = I - 1 1^T / d``; no inverse: only what takes the mean off may read it."""
 
 
 class Effect(Enum):
@@ -194,6 +213,32 @@ def no_gain(node: fx.Node) -> bool:
     return len(node.args) < 3 or node.args[2] is None
 
 
+def has_matrix(node: fx.Node) -> bool:
+    """The weight is a matrix, or a stack of them: a vector has an axis of inputs and none of outputs."""
+    return len(shape(node.args[1])) > 1
+
+
+def has_whole_bias(node: fx.Node) -> bool:
+    """The same, and a bias has a number for every output: one for all of them has no channels to turn."""
+    bias = node.args[2] if len(node.args) > 2 else None
+    return has_matrix(node) and (bias is None or shape(bias)[-1:] == shape(node.args[1])[:1])
+
+
+def _one_per_row(c: Any) -> bool:
+    sizes = c.meta["val"].shape if isinstance(c, fx.Node) and isinstance(c.meta["val"], torch.Tensor) else ()
+    return len(sizes) == 0 or same(sizes[-1], 1)
+
+
+def factor_per_row(node: fx.Node) -> bool:
+    """The second operand is a number, or has one entry per row."""
+    return _one_per_row(node.args[1])
+
+
+def factor_per_row_first(node: fx.Node) -> bool:
+    """The same of the first operand."""
+    return _one_per_row(node.args[0])
+
+
 def _one_axis(node: fx.Node) -> bool:
     axes: Any = node.args[1]
     return len(axes) == 1
@@ -221,16 +266,16 @@ def _same_rows(node: fx.Node) -> bool:
 # fmt: off
 LAWS: tuple[Law, ...] = (
     # linear(x, W, b) = x W^T + b
-    Law(LINEAR, 0, Scale, READ, "linear(x / s, W * s, b) == linear(x, W, b)", (1, 2), lambda W, b, s: (W * s, b)),
+    Law(LINEAR, 0, Scale, READ, "linear(x / s, W * s, b) == linear(x, W, b)", (1, 2), lambda W, b, s: (W * s, b), has_matrix),
     Law(LINEAR, 0, Shift, READ, "linear(x - z, W, b + W z) == linear(x, W, b)", (1, 2),
-        lambda W, b, z: (W, _some(b, lambda b: b + W @ z, lambda: W @ z))),
-    Law(LINEAR, 0, Rotation, READ, "linear(x R, W R, b) == linear(x, W, b)", (1, 2), lambda W, b, R: (W @ R, b)),
+        lambda W, b, z: (W, _some(b, lambda b: b + W @ z, lambda: W @ z)), has_matrix),
+    Law(LINEAR, 0, Rotation, READ, "linear(x R, W R, b) == linear(x, W, b)", (1, 2), lambda W, b, R: (W @ R, b), has_matrix),
     Law(LINEAR, None, Scale, MADE, "linear(x, W / s', b / s) == linear(x, W, b) / s", (1, 2),
-        lambda W, b, s: (W / s[:, None], _some(b, lambda b: b / s))),
+        lambda W, b, s: (W / s[:, None], _some(b, lambda b: b / s)), has_matrix),
     Law(LINEAR, None, Shift, MADE, "linear(x, W, b - z) == linear(x, W, b) - z", (1, 2),
-        lambda W, b, z: (W, _some(b, lambda b: b - z, lambda: -z))),
-    Law(LINEAR, None, Rotation, MADE, "linear(x, R^T W, b R) == linear(x, W, b) R", (1, 2),
-        lambda W, b, R: (R.T @ W, _some(b, lambda b: b @ R))),
+        lambda W, b, z: (W, _some(b, lambda b: b - z, lambda: -z)), has_matrix),
+    Law(LINEAR, None, Matrix, MADE, "linear(x, M^T W, b M) == linear(x, W, b) M", (1, 2),
+        lambda W, b, M: (M.T @ W, _some(b, lambda b: b @ M)), has_whole_bias),
     # norms: n(x) w + b, with n(x) of mean 0 and variance 1, or of mean square 1
     Law(LAYER_NORM, None, Scale, MADE, "layer_norm(x, w / s, b / s) == layer_norm(x, w, b) / s", (2, 3),
         lambda w, b, s: (_some(w, lambda w: w / s, lambda: 1 / s), _some(b, lambda b: b / s)), _one_axis),
@@ -239,24 +284,29 @@ LAWS: tuple[Law, ...] = (
     Law(RMS_NORM, None, Scale, MADE, "rms_norm(x, w / s) == rms_norm(x, w) / s", (2,),
         lambda w, s: (_some(w, lambda w: w / s, lambda: 1 / s),), _one_axis),
     Law(RMS_NORM, 0, Rotation, PASSES, "rms_norm(x R) == rms_norm(x) R without a gain", only_if=no_gain),
+    Law(LAYER_NORM, 0, Centre, READ, "layer_norm(x - mean(x), w, b) == layer_norm(x, w, b)", (), lambda C: (), _one_axis),
     Law(NORMS, 0, Scale, STOPS, "the statistics of a norm mix its channels"),
     # a table of rows
     Law(EMBEDDING, None, Scale, MADE, "embedding(E / s, i) == embedding(E, i) / s", (0,), lambda E, s: (E / s,)),
     Law(EMBEDDING, None, Shift, MADE, "embedding(E - z, i) == embedding(E, i) - z", (0,), lambda E, z: (E - z,)),
-    Law(EMBEDDING, None, Rotation, MADE, "embedding(E R, i) == embedding(E, i) R", (0,), lambda E, R: (E @ R,)),
+    Law(EMBEDDING, None, Matrix, MADE, "embedding(E M, i) == embedding(E, i) M", (0,), lambda E, M: (E @ M,)),
     # matrix products with a weight: experts and the like, x W
-    Law((*PRODUCTS, *GROUPED), 0, Scale, READ, "(x / s) @ (W * s') == x @ W", (1,), lambda W, s: (W * s[:, None],)),
+    Law((*PRODUCTS, *GROUPED), 0, Scale, READ, "(x / s) @ (W * s') == x @ W", (1,), lambda W, s: (W * s[:, None],), has_matrix),
+    Law((*PRODUCTS, *GROUPED), 0, Rotation, READ, "(x R) @ (R^T W) == x @ W", (1,), lambda W, R: (R.T @ W,), has_matrix),
+    Law((*PRODUCTS, *GROUPED), None, Scale, MADE, "x @ (W / s) == (x @ W) / s", (1,), lambda W, s: (W / s,), has_matrix),
+    Law((*PRODUCTS, *GROUPED), None, Matrix, MADE, "x @ (W M) == (x @ W) M", (1,), lambda W, M: (W @ M,), has_matrix),
     # sums: all operands alike, but for a shift, which any one of them carries on
     Law((*ADD, *SUB), 0, Scale, AGREES, "a / s + b / s == (a + b) / s"),
     Law((*ADD, *SUB), 1, Scale, AGREES, "a / s + b / s == (a + b) / s"),
-    Law((*ADD, *SUB), 0, Rotation, AGREES, "a R + b R == (a + b) R"),
-    Law((*ADD, *SUB), 1, Rotation, AGREES, "a R + b R == (a + b) R"),
+    Law((*ADD, *SUB), 0, Matrix, AGREES, "a M + b M == (a + b) M"),
+    Law((*ADD, *SUB), 1, Matrix, AGREES, "a M + b M == (a + b) M"),
     Law(ADD, 0, Shift, READ, "(x - z) + (c + z) == x + c", (1,), lambda c, z: (c + z,), _unit_alpha, whole_axis=False),
     Law(ADD, 1, Shift, READ, "(c + z) + (x - z) == c + x", (0,), lambda c, z: (c + z,), _unit_alpha, whole_axis=False),
     Law(ADD, 0, Shift, PASSES, "(a - z) + b == (a + b) - z"),
     Law(ADD, 1, Shift, PASSES, "a + (b - z) == (a + b) - z", only_if=_unit_alpha),
     Law(SUB, 0, Shift, PASSES, "(a - z) - b == (a - b) - z"),
     Law(CAT, 0, Scale, AGREES, "cat(a / s, b / s) == cat(a, b) / s along another axis"),
+    Law(CAT, 0, Matrix, AGREES, "cat(a M, b M) == cat(a, b) M along another axis"),
     Law(CAT, 0, Shift, AGREES, "cat(a - z, b - z) == cat(a, b) - z along another axis"),
     # products, elementwise: the gate of a gated MLP, a mask, a constant; with a weight the map ends there
     Law(MUL, 0, Scale, READ, "(x / s) * (c s) == x * c", (1,), lambda c, s: (c * s,), whole_axis=False),
@@ -264,7 +314,10 @@ LAWS: tuple[Law, ...] = (
     Law(MUL, 0, Scale, PASSES, "(a / s) * b == (a * b) / s"),
     Law(MUL, 1, Scale, PASSES, "a * (b / s) == (a * b) / s"),
     Law(DIV, 0, Scale, PASSES, "(a / s) / b == (a / b) / s"),
+    Law((*MUL, *DIV), 0, Matrix, PASSES, "(x M) * c == (x * c) M for one c per row", only_if=factor_per_row),
+    Law(MUL, 1, Matrix, PASSES, "c * (x M) == (c * x) M for one c per row", only_if=factor_per_row_first),
     # elementwise functions
+    Law((aten.neg.default,), 0, Matrix, PASSES, "-(x M) == (-x) M"),
     Law((aten.neg.default,), 0, Scale, PASSES, "-(x / s) == (-x) / s"),
     Law((aten.relu.default,), 0, PositiveScale, PASSES, "relu(x / s) == relu(x) / s for s > 0"),
     Law((aten.relu.default,), 0, Shift, STOPS, "relu(x - z) is not relu(x) - z"),
@@ -273,13 +326,16 @@ LAWS: tuple[Law, ...] = (
     # attention's value path: P V, with the channels of a head on the last axis
     Law((ATTENTION,), 2, Scale, PASSES, "P (V / s) == (P V) / s"),
     Law((ATTENTION,), 2, Shift, PASSES, "P (V - z) == P V - z: the rows of P sum to one", only_if=rows_sum_to_one),
+    Law((ATTENTION,), 2, Matrix, PASSES, "P (V M) == (P V) M"),
     Law(PRODUCTS, 1, Scale, PASSES, "P (V / s) == (P V) / s"),
+    Law(PRODUCTS, 1, Matrix, PASSES, "P (V M) == (P V) M"),
     Law(PRODUCTS, 1, Shift, PASSES, "P (V - z) == P V - z: the rows of P sum to one", only_if=rows_sum_to_one),
     # what only moves, picks or copies elements
     Law((*MOVES, *CAST), 0, Scale, PASSES, "view(x / s) == view(x) / view(s)"),
     Law((*MOVES, *CAST), 0, Shift, PASSES, "view(x - z) == view(x) - view(z)"),
-    Law((*MOVES, *CAST), 0, Rotation, PASSES, "view(x R) == view(x) R if the last axis stays"),
+    Law((*MOVES, *CAST), 0, Matrix, PASSES, "view(x M) == view(x) M if the blocks of the last axis stay"),
     Law((*PADS, aten.sum.dim_IntList, aten.mean.dim), 0, Scale, PASSES, "sum(x / s) == sum(x) / s over other axes"),
+    Law((*PADS, aten.sum.dim_IntList, aten.mean.dim), 0, Matrix, PASSES, "sum(x M) == sum(x) M over other axes"),
     Law((aten.mean.dim,), 0, Shift, PASSES, "mean(x - z) == mean(x) - z over other axes"),
 )
 # fmt: on

@@ -65,9 +65,36 @@ class Layout:
         """The same layout for a tensor with more leading axes (broadcasting)."""
         return Layout(self.index.reshape([1] * (rank - self.rank) + list(self.index.shape)))
 
+    def blocks(self, channels: int) -> tuple[bool, ...] | None:
+        """What a matrix on the channels meets along the last axis: True for all of them in their order, False for an element
+        that the map leaves alone; None if the axis cuts or reorders them, or if the other axes tell more apart.
+
+        >>> Layout(np.array([[-1, 0, 1, 2, 0, 1, 2]])).blocks(3)
+        (False, True, True)
+        """
+        return _runs(self.index.reshape(-1), channels) if self.on_last_axis else None
+
+    def block_axis(self, channels: int) -> int | None:
+        """The axis (-1 is the last) along which every row is made of blocks, though other axes may tell rows apart."""
+        for axis in range(-1, -self.rank - 1, -1):
+            rows = np.moveaxis(self.index, axis, -1).reshape(-1, self.index.shape[axis])
+            if all(_runs(row, channels) is not None for row in rows):
+                return axis
+        return None
+
     def is_plain(self, channels: int) -> bool:
         """True if it is all channels in their order, once each: a map's vector then only needs a view."""
         return np.array_equal(self.index.reshape(-1), np.arange(channels))
+
+
+def _runs(row: NDArray[np.int64], channels: int) -> tuple[bool, ...] | None:
+    whole, found, at = np.arange(channels), [], 0
+    while at < len(row):
+        found.append(bool(row[at] >= 0))
+        if row[at] >= 0 and not np.array_equal(row[at : at + channels], whole):
+            return None
+        at += channels if row[at] >= 0 else 1
+    return tuple(found)
 
 
 def forward(node: fx.Node, argument: int, layout: Layout) -> "Layout | list[Layout] | None":
@@ -278,6 +305,18 @@ def _index(node: fx.Node, layout: Layout) -> Layout | None:
     return kept.padded(len(shape(node)))
 
 
+def _index_back(node: fx.Node, layout: Layout) -> Layout | None:
+    """The axes behind those that rows were picked from keep their channels."""
+    picked: Any = node.args[1]
+    if any(i is None for i in picked):
+        return None
+    gone = sum(i.meta["val"].ndim if i.meta["val"].dtype is torch.bool else 1 for i in picked)
+    behind = len(shape(node.args[0])) - gone
+    kept = layout.index.shape[layout.rank - behind :]
+    plain = all(size == 1 for size in layout.index.shape[: layout.rank - behind])
+    return Layout(layout.index.reshape([1] * gone + list(kept))) if plain else None
+
+
 def _along_others(axes: Callable[[fx.Node, int], list[int] | None]) -> Callable[[fx.Node, Layout], Layout | None]:
     """An op that moves or picks along axes that tell no channels apart keeps the layout."""
 
@@ -312,6 +351,17 @@ def _reduce(node: fx.Node, layout: Layout) -> Layout | None:
     if any(layout.index.shape[axis] != 1 for axis in gone):
         return None
     return layout if _argument(node, 2, "keepdim", False) else Layout(layout.index.squeeze(tuple(gone)))
+
+
+def _reduce_back(node: fx.Node, layout: Layout) -> Layout | None:
+    rank = len(shape(node.args[0]))
+    axes = _argument(node, 1, "dim", None)
+    if not axes:
+        return None
+    gone = sorted(int(axis) % rank for axis in axes)
+    if not _argument(node, 2, "keepdim", False):
+        return Layout(np.expand_dims(layout.index, tuple(gone)))
+    return layout if all(layout.index.shape[axis] == 1 for axis in gone) else None
 
 
 def _attend(node: fx.Node, layout: Layout) -> Layout | None:
@@ -361,7 +411,6 @@ _PERMUTE: Step = (
     lambda node, layout: Layout(layout.index.transpose(np.argsort(_order(node)))),
 )
 _KEEP: Step = (lambda node, layout: layout, lambda node, layout: layout)
-_NO_WAY_BACK = lambda node, layout: None  # noqa: E731
 
 RESHAPES = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
@@ -387,14 +436,15 @@ STEPS: dict[Any, Step] = {
     aten.select.int: (_select, _select_back),
     operator.getitem: (lambda node, layouts: layouts[node.args[1]], _getitem_back),
     aten.repeat_interleave.self_int: (_repeat, _repeat_back),
-    aten.index.Tensor: (_index, _NO_WAY_BACK),
+    aten.index.Tensor: (_index, _index_back),
     aten.roll.default: (_along_others(_rolled), _along_others(_rolled)),
     aten.flip.default: (_along_others(_rolled), _along_others(_rolled)),
-    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), (_along_others(_padded_axes), _NO_WAY_BACK)),
-    aten.index_select.default: (_along_others(lambda node, rank: [_axis(node)]), _NO_WAY_BACK),
-    aten.mean.dim: (_reduce, _NO_WAY_BACK),
-    aten.sum.dim_IntList: (_reduce, _NO_WAY_BACK),
-    **dict.fromkeys((aten.relu.default, aten.neg.default, aten.to.dtype, aten._to_copy.default, aten.rms_norm.default), _KEEP),
+    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), (_along_others(_padded_axes),) * 2),
+    aten.index_select.default: (_along_others(lambda node, rank: [_axis(node)]),) * 2,
+    aten.mean.dim: (_reduce, _reduce_back),
+    aten.sum.dim_IntList: (_reduce, _reduce_back),
+    **dict.fromkeys((aten.relu.default, aten.neg.default, aten.to.dtype, aten._to_copy.default), _KEEP),
+    **dict.fromkeys((aten.rms_norm.default, aten.layer_norm.default), _KEEP),
 }
 STEPS_BY_POSITION: dict[tuple[Any, int], Step] = {
     (ATTENTION, 2): (_attend, _attend_back),

@@ -58,7 +58,8 @@ class Miss:
 class Match:
     """Where a pattern was found. ``match.x`` is the node (or the number) that the variable ``x`` stands for, or None.
 
-    ``covered`` holds the nodes that compute the idiom, ``root`` (the result) included; ``taken`` the labels chosen by one_of.
+    ``covered`` holds the nodes that compute the idiom, ``root`` (the result) included; ``taken`` the labels chosen by one_of;
+    ``crossed`` the copies and widening casts that lie between a variable and the idiom: other readers of these are welcome.
     """
 
     pattern: "Pattern"
@@ -66,6 +67,7 @@ class Match:
     bindings: Mapping[str, Any]
     covered: frozenset[fx.Node]
     taken: tuple[str, ...] = ()
+    crossed: frozenset[fx.Node] = frozenset()
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.pattern.variables:
@@ -129,12 +131,16 @@ class State(NamedTuple):
     bound: dict[str, Any]
     covered: frozenset[fx.Node]
     taken: tuple[str, ...]
+    crossed: frozenset[fx.Node] = frozenset()
 
     def bind(self, name: str, to: Any) -> "State":
         return self._replace(bound={**self.bound, name: to})
 
     def cover(self, node: fx.Node) -> "State":
         return self._replace(covered=self.covered | {node})
+
+    def cross(self, nodes: list[fx.Node]) -> "State":
+        return self._replace(crossed=self.crossed.union(nodes)) if nodes else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +177,7 @@ class Pattern:
             return Miss("'{}' is {}, which does not end a {}", node, 0, (node, node.target, self.name))
         search = _Search(self, node)
         for state in search.unify(self.term, node, State({}, frozenset(), ())):
-            found = Match(self, node, state.bound, state.covered, state.taken)
+            found = Match(self, node, state.bound, state.covered, state.taken, state.crossed)
             miss = _forbidden(found)
             if miss is None and self.check is not None:
                 miss = self.check(found)
@@ -252,13 +258,15 @@ class _Search:
         if not isinstance(node, fx.Node) or not isinstance(value(node), torch.Tensor):
             self.note(state, self.root, "'{}' must be a tensor, it is {}", term.name, node)
             return
+        crossed = []
         while widens(node):
+            crossed.append(node)
             node = node.args[0]
         held = state.bound.get(term.name)
         if held is None:
-            yield state.bind(term.name, node)
+            yield state.cross(crossed).bind(term.name, node)
         elif held is node:
-            yield state
+            yield state.cross(crossed)
         else:
             self.note(state, node, "'{}' would be both '{}' and '{}'", term.name, held, node)
 
@@ -369,7 +377,7 @@ def _alike(wanted: Any, found: Any) -> bool:
 
 
 def _forbidden(match: Match) -> Miss | None:
-    """Covered nodes are read by nobody else; nothing covered, and nothing bound meanwhile, is written in place."""
+    """Covered nodes are read by nobody else; nothing covered, and nothing bound or crossed meanwhile, is written in place."""
     for node in match.covered:
         for writer in writers_of(node):
             return Miss("'{}' is written in place by '{}'", node, 0, (node, writer))
@@ -379,8 +387,8 @@ def _forbidden(match: Match) -> Miss | None:
         for reader in node.users:
             if reader not in match.covered:
                 return Miss("'{}' is also read by '{}', outside of the {}", node, 0, (node, reader, match.pattern.name))
-    first = min(match.covered)
-    for node in match.bindings.values():
+    first = min(match.covered | match.crossed)  # a copy has what its source held when it was made
+    for node in (*match.bindings.values(), *match.crossed):
         if isinstance(node, fx.Node):
             for writer in writers_of(node):
                 if first < writer < match.root:

@@ -5,7 +5,9 @@ Where a reader cannot take the map one explicit inverse may be left over; where 
 Nothing is changed here: ``fxquant.graph.equivalence.apply`` writes a region's decisions into the graph.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import fx
 
 from .effects import writers_of
-from .laws import MOVES, MUL, RMS_NORM, Effect, Law, Map, Rotation, Scale, laws_of
+from .laws import DIV, MOVES, MUL, NORMS, RMS_NORM, Centre, Effect, Law, Map, Matrix, Scale, laws_of
 from .layout import ATTENTION, COPIES, PERMUTES, PRODUCTS, RESHAPES, Layout, backward, forward, forward_any, same, shape
 from .weights import parameter_only
 
@@ -35,6 +37,7 @@ class Explicit(Enum):
     NOWHERE = "nowhere"  # a region is refused if anything cannot absorb the map; operands of an add are made to agree
     READERS = "readers"  # the inverse before a reader: the shortcut of a post-norm block, a graph's output
     SOURCE = "source"  # the map after the cut, for the readers that absorb its inverse; the others read the value as it was
+    ENDS = "ends"  # the map where it cannot be made, its inverse where it cannot be read; operands of an add are made to agree
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,28 @@ class Region:
     readers: tuple[Site, ...]
     constants: tuple[Site, ...]  # operands of an agreeing add that depend on parameters only
     explicit: tuple[Site, ...]
-    at_source: bool = False
+    entries: dict[fx.Node, tuple[tuple[fx.Node, int], ...]]  # value that no op makes so -> where it is read with the map on it
     joined: frozenset[fx.Node] = frozenset()
 
     def __repr__(self) -> str:
         names = ", ".join(site.node.name for site in self.readers)
         what = f"{self.kind.__name__} on '{self.cut.name}' of {self.channels}"
-        return f"Region({what}: read by {names}; {len(self.explicit)} explicit)"
+        return f"Region({what}: read by {names}; {self.cost} explicit)"
+
+    @property
+    def cost(self) -> int:
+        """How many ops it would leave in the graph."""
+        return len({site.value for site in self.explicit} | set(self.entries))
 
 
-def find(gm: fx.GraphModule, cut: fx.Node, kind: type[Map], *, explicit: Explicit = Explicit.READERS) -> Region | Refusal:
+def find(
+    gm: fx.GraphModule, cut: fx.Node, kind: type[Map], *, explicit: Explicit = Explicit.READERS,
+    plain: Collection[fx.Node] = (), ends: Collection[fx.Node] = (),
+) -> Region | Refusal:
     """The region of a map of ``kind`` on the last axis of ``cut``, or why there is none. Nothing is changed.
 
-    A region in which no matrix product absorbs the map is refused: it would only add an op.
+    A region in which no matrix product absorbs the map is refused: it would only add an op. To look ahead: ``plain`` norms are
+    taken for RMS norms without a gain, and at ``ends`` the map is not carried on.
     """
     value = cut.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or not value.is_floating_point():
@@ -91,7 +103,10 @@ def find(gm: fx.GraphModule, cut: fx.Node, kind: type[Map], *, explicit: Explici
     channels = value.shape[-1]
     if not isinstance(channels, int):
         return Refusal(f"the number of channels must be known, and is {channels}", cut)
-    return _Walk(cut, kind, explicit, parameter_only(gm)).region(channels)
+    if channels < 2 and issubclass(kind, Matrix):
+        return Refusal("one channel cannot be turned", cut)
+    with _room_for(len(gm.graph.nodes)):
+        return _Walk(cut, kind, explicit, parameter_only(gm), plain, ends).region(channels)
 
 
 def edges(value: fx.Node) -> Iterator[tuple[fx.Node, int | str]]:
@@ -105,26 +120,45 @@ def edges(value: fx.Node) -> Iterator[tuple[fx.Node, int | str]]:
 
 def source_of(value: fx.Node) -> fx.Node:
     """Where the channels of ``value`` begin: back through views, ReLU, attention and gates, to a linear, a norm or a slice."""
-    while True:
-        node = value
-        if node.target in _LEADS_BACK:
-            value = node.args[0]  # type: ignore[assignment]  # a node, by the schema
-        elif node.target is ATTENTION:
-            value = node.args[2]  # type: ignore[assignment]
-        elif node.target in PRODUCTS:
-            value = node.args[1]  # type: ignore[assignment]
-        elif node.target in MUL:
-            ends = [source_of(a) for a in (node.args[1], node.args[0]) if isinstance(a, fx.Node)]
-            made = [end for end in ends if end.target in MOVES or laws_of(end.target, None, Scale)]
-            return made[0] if made else node
-        else:
-            return node
+    begins: dict[fx.Node, fx.Node] = {}
+    stack = [value]
+    while stack:
+        node = stack[-1]
+        back = _back(node)
+        if unknown := [n for n in back if n not in begins]:
+            stack += unknown
+            continue
+        ends = [begins[n] for n in back]
+        if node.target in MUL:
+            ends = [end for end in ends if end.target in MOVES or laws_of(end.target, None, Scale)]
+        begins[stack.pop()] = ends[0] if ends else node
+    return begins[value]
+
+
+def _back(node: fx.Node) -> list[fx.Node]:
+    """The operands that the channels of ``node`` may come from, the likeliest first."""
+    places = (
+        (0,) if node.target in _LEADS_BACK else (2,) if node.target is ATTENTION
+        else (1,) if node.target in PRODUCTS else (1, 0) if node.target in MUL else ()
+    )  # fmt: skip
+    return [n for n in (node.args[place] for place in places) if isinstance(n, fx.Node)]
 
 
 def _nodes(argument: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(argument, found.append)
     return found
+
+
+@contextmanager
+def _room_for(nodes: int) -> Iterator[None]:
+    """The walk calls itself along the residual stream: three calls for a node, and a model may have a thousand blocks."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(before + 4 * nodes)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
 
 
 class _Refused(Exception):
@@ -137,8 +171,12 @@ class _Refused(Exception):
 class _Walk:
     """The search for one region. ``carried`` grows until every producer and every reader of every carried value is decided."""
 
-    def __init__(self, cut: fx.Node, kind: type[Map], explicit: Explicit, weights: set[fx.Node]) -> None:
-        self.cut, self.kind, self.explicit, self.weights = cut, kind, explicit, weights
+    def __init__(
+        self, cut: fx.Node, kind: type[Map], explicit: Explicit, weights: set[fx.Node], plain: Collection[fx.Node],
+        ends: Collection[fx.Node],
+    ) -> None:
+        self.cut, self.kind, self.explicit, self.weights, self.plain, self.ends = cut, kind, explicit, weights, plain, ends
+        self.channels = 0
         self.carried: dict[fx.Node, Any] = {}
         self.entered_by: dict[fx.Node, fx.Node] = {}  # the operand through which an op carries the map on
         self.joined: set[fx.Node] = set()  # ops whose operands all carry it
@@ -149,9 +187,10 @@ class _Walk:
         self.leftovers: list[Site] = []
         self.passed: list[tuple[fx.Node, fx.Node, int]] = []
         self.why: dict[fx.Node, str] = {}
-        self.at_source = False
+        self.entries: list[fx.Node] = []
 
     def region(self, channels: int) -> Region | Refusal:
+        self.channels = channels
         try:
             layout = Layout.last(channels, self.cut.meta["val"].ndim)
             self._start(layout)
@@ -164,6 +203,10 @@ class _Walk:
                     for reader, argument in edges(value):
                         self._read(value, reader, argument)
             self._prune()
+            self.leftovers = [site for site in self.leftovers if site.value not in self.entries]
+            for site in self.leftovers:
+                if issubclass(self.kind, Matrix) and site.layout.blocks(channels) is None:
+                    raise _Refused(f"{_name(site.value)} has its channels on another axis than the last", site.node)
         except _Refused as refused:
             return refused.refusal
         if not any(site.law and site.law.whole_axis for site in self.readers):
@@ -174,12 +217,18 @@ class _Walk:
             return Refusal(self.why[site.node], site.node)
         return Region(
             self.cut, self.kind, channels, self.carried, tuple(self.producers), tuple(self.readers), tuple(self.constants),
-            tuple(self.leftovers), self.at_source, frozenset(self.joined),
+            tuple(self.leftovers), {value: self._entered(value) for value in self.entries}, frozenset(self.joined),
         )  # fmt: skip
+
+    def _entered(self, value: fx.Node) -> tuple[tuple[fx.Node, int], ...]:
+        """Where an entry is read with the map on it."""
+        absorbed = {(site.node, site.argument) for site in self.readers if site.value is value}
+        carried = {(reader, n) for by, reader, n in self.passed if by is value and reader in self.carried}
+        return tuple((reader, n) for reader, n in edges(value) if (reader, n) in absorbed | carried and isinstance(n, int))
 
     def _start(self, layout: Layout) -> None:
         if self.explicit is Explicit.SOURCE:
-            self.at_source = True
+            self.entries.append(self.cut)
             self._carry(self.cut, layout)
             self.needed.add(self.cut)
         else:
@@ -189,12 +238,33 @@ class _Walk:
         """Note that ``value`` carries the map; False if it carries it otherwise already."""
         if value in self.carried:
             return bool(self.carried[value] == layout)
-        if isinstance(layout, Layout) and not _belongs(layout, value):
+        if isinstance(layout, Layout) and not (value.meta["val"].is_floating_point() and _belongs(layout, value)):
             return False
-        if self.kind is Rotation and not _whole(value, layout):
+        if issubclass(self.kind, Matrix) and not self._whole(layout):
             return False
         self.carried[value] = layout
         return True
+
+    def _whole(self, layout: Any) -> bool:
+        """An axis is made of whole blocks of all channels; of one, if it must be the whole axis."""
+        if not isinstance(layout, Layout):
+            return all(map(self._whole, layout))
+        return layout.is_plain(self.channels) if self.kind is Centre else layout.block_axis(self.channels) is not None
+
+    def _elsewhere(self, op: fx.Node, layout: Any) -> bool:
+        """A matrix acts on another axis than the last, of which the law of ``op`` speaks."""
+        if not issubclass(self.kind, Matrix) or not isinstance(layout, Layout) or op.target not in _OF_THE_LAST_AXIS:
+            return False
+        return layout.block_axis(self.channels) != -1
+
+    def _laws(self, op: fx.Node, argument: int | None) -> list[Law]:
+        """The laws whose condition ``op`` meets; a norm that is to be plain has lost its gain already."""
+        if op in self.plain:
+            return [law for law in laws_of(RMS_NORM[0], argument, self.kind) if law.effect is Effect.PASSES]
+        return laws_of(op.target, argument, self.kind)
+
+    def _holds(self, law: Law, op: fx.Node) -> bool:
+        return law.only_if is None or op in self.plain or law.only_if(op)
 
     def _demand(self, value: fx.Node, layout: Any) -> None:
         """Make ``value`` carry the map, by what produces it; raises _Refused."""
@@ -203,40 +273,53 @@ class _Walk:
                 return
             raise _Refused("two ways lead here with different channels", value)
         if not self._carry(value, layout):
-            raise _Refused(f"{_name(value)} does not have all the channels", value)
+            raise _Refused(f"{_name(value)} does not have all the channels, or rounds them to integers", value)
         self.needed.add(value)
         refusal = _Refused(f"{_name(value)} cannot produce the map", value)
         if isinstance(layout, Layout):
-            for law in laws_of(value.target, None, self.kind):
+            for law in self._laws(value, None):
                 if self._fits(law, value, layout):
                     self.producers.append(Site(value, None, value, layout, law))
                     return
-        for argument in range(len(value.args)):
-            for law in laws_of(value.target, argument, self.kind):
-                if law.effect in (Effect.PASSES, Effect.AGREES) and (law.only_if is None or law.only_if(value)):
+        for argument in range(0 if value in self.ends or self._elsewhere(value, layout) else len(value.args)):
+            for law in self._laws(value, argument):
+                if law.effect in (Effect.PASSES, Effect.AGREES) and self._holds(law, value):
                     state = self._state()
                     try:
                         return self._demand_operands(value, argument, law, layout)
                     except _Refused as refused:
                         refusal = refused
                         self._restore(state)
-        raise refusal
+        if self.explicit is not Explicit.ENDS or not isinstance(layout, Layout) or layout.blocks(self.channels) is None:
+            raise refusal
+        self.entries.append(value)
 
     def _demand_operands(self, value: fx.Node, argument: int, law: Law, layout: Any) -> None:
         operands = _nodes(value.args[argument]) if law.effect is Effect.PASSES else value.all_input_nodes
         numbers = law.effect is Effect.AGREES and _has_number(value)
         twice = sum(operands[:1] == [n] for a in value.args for n in _nodes(a)) > 1
-        if not operands or numbers or twice or (law.effect is Effect.PASSES and operands[0] in self.weights):
+        if not operands or numbers or twice:
             raise _Refused(f"{_name(value)} has an operand that cannot carry the map", value)
         if law.effect is Effect.PASSES:
             inner = backward(value, argument, layout)
             if inner is None:
                 raise _Refused(f"the channels of {_name(value)} do not lead back to its argument", value)
+            if operands[0] in self.weights:
+                return self._constant(value, argument, operands[0], inner)
             self.entered_by[value] = operands[0]
             self._demand(operands[0], inner)
             return
         self.joined.add(value)
         self._agree(value, layout, None)
+
+    def _constant(self, node: fx.Node, argument: int, operand: fx.Node, layout: Any) -> None:
+        """An operand that depends on parameters only takes the map itself."""
+        if not isinstance(layout, Layout) or (issubclass(self.kind, Matrix) and not self._takes(operand, layout)):
+            raise _Refused(f"'{operand.name}' does not have all the channels", node)
+        self.constants.append(Site(node, argument, operand, layout))
+
+    def _takes(self, operand: fx.Node, layout: Layout) -> bool:
+        return layout.blocks(self.channels) is not None and same(shape(operand)[-1], layout.index.shape[-1])
 
     def _agree(self, value: fx.Node, layout: Layout, known: fx.Node | None) -> None:
         """Every other operand of an add or cat takes the map too."""
@@ -247,7 +330,7 @@ class _Walk:
             if not isinstance(inner, Layout):
                 raise _Refused(f"the operands of {_name(value)} differ in their channels", value)
             if operand in self.weights:
-                self.constants.append(Site(value, 0 if value.target is aten.cat.default else n, operand, inner))
+                self._constant(value, 0 if value.target is aten.cat.default else n, operand, inner)
             elif not _empty(operand):
                 self._demand(operand, inner)
 
@@ -265,9 +348,11 @@ class _Walk:
         if reader in self.carried and (self.entered_by.get(reader) is value or reader in self.joined):
             self.passed.append((value, reader, int(argument)))
             return
+        if value in self.entries and self.explicit is Explicit.ENDS and reader.target not in NORMS:
+            return  # it reads the value as it was
         reason = f"{_name(reader)} stops it"
-        if isinstance(argument, int) and reader.op == "call_function":
-            for law in laws_of(reader.target, argument, self.kind):
+        if isinstance(argument, int) and reader.op == "call_function" and reader not in self.ends:
+            for law in self._laws(reader, argument):
                 taken = self._try(law, value, reader, argument, layout)
                 if taken is True:
                     return
@@ -290,7 +375,9 @@ class _Walk:
                 return f"{_name(reader)} has no weight to take it"
             self.readers.append(Site(reader, argument, value, layout, law))
             return True
-        if law.only_if is not None and not law.only_if(reader):
+        if self._elsewhere(reader, layout):
+            return f"{_name(reader)} acts on another axis than the channels'"
+        if not self._holds(law, reader):
             return f"{_name(reader)} does not meet the condition of: {law.says}"
         agrees = law.effect is Effect.AGREES
         carried_on = self._agreed(reader, layout, argument) if agrees else forward_any(reader, argument, layout)
@@ -302,10 +389,13 @@ class _Walk:
             return f"{_name(reader)} rounds it"
         others = [n for n in reader.all_input_nodes if n is not value and n in self.carried]
         twice = sum(value in _nodes(a) for a in reader.args) > 1
-        if law.effect is Effect.PASSES and (reader in self.carried or (others and law.kind is not Rotation) or twice):
+        if law.effect is Effect.PASSES and (reader in self.carried or (others and not issubclass(law.kind, Matrix)) or twice):
             return f"two operands of {_name(reader)} carry it"
         if law.effect is Effect.AGREES:
             return self._join(value, reader, argument, carried_on)
+        away = isinstance(carried_on, Layout) and issubclass(self.kind, Matrix) and carried_on.block_axis(self.channels) != -1
+        if away and self.explicit is Explicit.ENDS:
+            return f"{_name(reader)} takes the channels off the last axis"  # where an op that is left over could not act
         if not self._carry(reader, carried_on):
             return f"{_name(reader)} carries it otherwise"
         self.entered_by[reader] = value
@@ -328,7 +418,7 @@ class _Walk:
         others = [(n, operand) for n, operand in self._operands(reader) if operand is not value]
         others = [(n, operand) for n, operand in others if operand not in self.weights and not _empty(operand)]
         missing = [operand for n, operand in others if self.carried.get(operand) != self._operand_layout(reader, n, layout)]
-        if missing and self.explicit is not Explicit.NOWHERE:
+        if missing and self.explicit in (Explicit.READERS, Explicit.SOURCE):
             return f"the other operand of {_name(reader)}, '{missing[0].name}', does not carry it"
         state = self._state()
         if not self._carry(reader, layout):
@@ -352,7 +442,7 @@ class _Walk:
 
     def _fits(self, law: Law, node: fx.Node, layout: Any) -> bool:
         """The op has weights that depend on parameters only, and its channels lie as the law needs them."""
-        if not isinstance(layout, Layout) or (law.whole_axis and not layout.on_last_axis):
+        if not isinstance(layout, Layout) or (law.whole_axis and not _spans(layout, node, law.argument)):
             return False
         if law.only_if is not None and not law.only_if(node):
             return False
@@ -363,7 +453,7 @@ class _Walk:
 
     def _prune(self) -> None:
         """Where nothing further on absorbs the map it is not carried on: one inverse now costs less than several later."""
-        if self.explicit is Explicit.NOWHERE:
+        if self.explicit in (Explicit.NOWHERE, Explicit.ENDS):
             return
         useful = {site.value for site in self.readers} | self.needed
         changed = True
@@ -385,17 +475,18 @@ class _Walk:
     def _state(self) -> tuple[Any, ...]:
         return (
             dict(self.carried), dict(self.entered_by), set(self.joined), set(self.needed), list(self.producers),
-            list(self.readers), list(self.constants), list(self.leftovers), list(self.passed),
+            list(self.readers), list(self.constants), list(self.leftovers), list(self.passed), list(self.entries),
         )  # fmt: skip
 
     def _restore(self, state: tuple[Any, ...]) -> None:
         (
             self.carried, self.entered_by, self.joined, self.needed, self.producers,
-            self.readers, self.constants, self.leftovers, self.passed,
+            self.readers, self.constants, self.leftovers, self.passed, self.entries,
         ) = state  # fmt: skip
 
 
 _LEADS_BACK = (*RESHAPES, *PERMUTES, *COPIES, aten.expand.default, aten.relu.default, aten.repeat_interleave.self_int)
+_OF_THE_LAST_AXIS = (*NORMS, *MUL, *DIV, ATTENTION)
 _OPTIONAL = (aten.linear.default, aten.layer_norm.default, *RMS_NORM)  # a bias or a gain may be absent
 
 
@@ -415,12 +506,14 @@ def _has_number(node: fx.Node) -> bool:
     return node.target is not aten.cat.default and not all(isinstance(a, fx.Node) for a in node.args[:2])
 
 
+def _spans(layout: Layout, node: fx.Node, argument: int | None) -> bool:
+    """The last axis of what ``node`` reads or makes has the channels, one for each element: none is one channel expanded."""
+    value = node if argument is None else node.args[argument]
+    return layout.on_last_axis and same(layout.index.shape[-1], shape(value)[-1])
+
+
 def _belongs(layout: Layout, value: fx.Node) -> bool:
     """The tensor has an element for every entry of the layout: a sum's operand that is broadcast over the channels has not."""
     sizes = shape(value)
     return layout.rank == len(sizes) and all(n == 1 or same(n, size) for n, size in zip(layout.index.shape, sizes, strict=True))
 
-
-def _whole(value: fx.Node, layout: Any) -> bool:
-    size = value.meta["val"].shape[-1] if isinstance(layout, Layout) else None
-    return isinstance(size, int) and layout.on_last_axis and layout.is_plain(size)

@@ -36,7 +36,8 @@ def splice(gm: fx.GraphModule, before: fx.Node, fn: Callable[..., Any], *args: A
     if memo is None:
         return _copy_in(gm, before, traced(), nodes)
     traces = gm.meta.setdefault("fxquant_traces", {})
-    key = (memo, str(spec), *(_type_of(a) if isinstance(a, fx.Node) else a for a in flat))
+    # 2, 2.0 and True are equal, and make different graphs
+    key = (memo, str(spec), *(_type_of(a) if isinstance(a, fx.Node) else (type(a), a) for a in flat))
     if key not in traces:
         traces[key] = traced()
     return _copy_in(gm, before, traces[key], nodes)
@@ -75,6 +76,16 @@ def _copy_in(gm: fx.GraphModule, before: fx.Node, traced: fx.GraphModule, nodes:
             placed[node].meta[WRITTEN] = True
     (result,) = traced.graph.output_node().args
     return fx.map_arg(result, lambda n: placed[n])
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that can be rewritten while ``gm`` stays; tensors and submodules are shared, not copied."""
+    graph = fx.Graph()
+    placed: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, placed))
+    copy = fx.GraphModule(gm, graph)
+    copy.meta["fake_mode"] = fake_mode_of(gm)
+    return copy
 
 
 def replace(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Any], *args: Any, memo: Hashable = None) -> fx.Node:

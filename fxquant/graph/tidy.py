@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
+from .effects import family
 
 aten = torch.ops.aten
 
@@ -24,7 +25,7 @@ def tidy(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         _refuse_training(node)
         rule = IDENTITIES.get(node.target)
-        if rule is not None and rule(node) and (node.target not in COPIES or not (writes or _may_leave(node))):
+        if rule is not None and rule(node) and (node.target not in FRESH or not (writes or _tells_apart(node))):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code(is_impure_node=is_impure)
@@ -64,15 +65,23 @@ def operand(node: fx.Node, i: int) -> fx.Node:
 
 
 def _refuse_training(node: fx.Node) -> None:
-    active = (node.target is aten.dropout.default and node.args[2] and node.args[1] != 0) or (
-        node.target is aten.batch_norm.default and node.args[5]
-    )
-    if active:
+    if _is_training(node):
         name = str(node.target).removeprefix("aten.")
         raise CaptureError(
             f"{name} at '{node.name}' is in training mode, and an inference recipe has no gradients; call model.eval() first, "
             "or train the model uncompiled (quantization-aware training will be fxquant.prepare_qat_)"
         )
+
+
+def _is_training(node: fx.Node) -> bool:
+    """A dropout that drops something, or a norm that looks at the batch."""
+    if node.target in DROPOUTS:
+        return bool(node.args[2]) and node.args[1] != 0
+    if node.target is aten.batch_norm.default:
+        return bool(node.args[5])
+    if node.target is aten.scaled_dot_product_attention.default:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0))
+    return False
 
 
 def _same_type(node: fx.Node) -> bool:
@@ -112,18 +121,16 @@ def _always(node: fx.Node) -> bool:
     return True
 
 
-def _inference_dropout(node: fx.Node) -> bool:
-    _, p, train = node.args
-    return not (train and p)
-
+DROPOUTS = (
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
+)  # fmt: skip
 
 # What each op must satisfy to be the identity on its first argument.
 IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.alias.default: _always,
     aten.detach.default: _always,
     aten.detach_.default: _always,
-    aten.dropout.default: _inference_dropout,
-    aten.feature_dropout.default: _inference_dropout,
+    **dict.fromkeys(DROPOUTS, lambda node: not _is_training(node)),
     aten.to.dtype: _same_type,
     aten.to.dtype_layout: _same_type,
     aten.to.device: _same_type,
@@ -138,15 +145,16 @@ IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
 }
 
 # Those that make a new tensor all the same: dropped only where nobody can tell it from its source.
-COPIES = (aten.add.Tensor, aten.mul.Tensor, aten.dropout.default, aten.feature_dropout.default)
+FRESH = (aten.add.Tensor, aten.mul.Tensor, *DROPOUTS)
 
 
-def _may_leave(node: fx.Node) -> bool:
-    """The value may be returned, itself or as a view, and its source belongs to somebody else."""
-    source = node.args[0]
-    owned = isinstance(source, fx.Node) and source.op == "call_function" and len(source.users) == 1
-    return not owned and any(user.op == "output" or _is_view(user) for user in node.users)
+def _tells_apart(node: fx.Node) -> bool:
+    """The user gets ``node`` or a view of it, and its source is somebody else's, or returned too: a write to one would show."""
+    own, sources = family(node), family(operand(node, 0))
+    if not own.isdisjoint(sources) or not any(map(_is_returned, own)):
+        return False
+    return any(n.op in ("placeholder", "get_attr") or _is_returned(n) for n in sources)
 
 
-def _is_view(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info is not None for r in node.target._schema.returns)
+def _is_returned(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)

@@ -1,18 +1,17 @@
-"""Where the range [lo, hi] of a block comes from: the data at hand, a search for the least error, or numbers given."""
+"""Where the range [lo, hi] of a block comes from: the data at hand, numbers given, or an observer."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from .granularity import Granularity
-
-RoundTrip = Callable[[Tensor, Tensor], Tensor]
-"""``quantized(lo, hi)``: the blocks quantized with that range and dequantized again."""
+from .granularity import Granularity, PerChannel, PerTensor
+from .least_error import MinMSE as MinMSE
+from .observer import Observer, RoundTrip, extremes_of
+from .observers import OBSERVERS
 
 
 class _Range(ABC):
@@ -26,71 +25,61 @@ class Dynamic(_Range):
     """The minimum and maximum of the data at hand: of each call for activations, of each version for weights."""
 
     def of(self, blocks: Tensor, granularity: Granularity, quantized: RoundTrip) -> tuple[Tensor, Tensor]:
-        if any(type(blocks.shape[d]) is int and blocks.shape[d] == 0 for d in granularity.dims(blocks.ndim)):
-            nothing = granularity.reduce(torch.sum, blocks)  # amin of nothing raises; the sum of nothing is zero
-            return nothing, nothing
-        return granularity.reduce(torch.amin, blocks), granularity.reduce(torch.amax, blocks)
+        return extremes_of(blocks, granularity)
 
 
 DYNAMIC = Dynamic()
 
-
-@dataclass(frozen=True)
-class MinMSE(_Range):
-    """The shrunken min-max range of least squared error, block by block: for weights, whose tails few bits cannot afford.
-
-    The grid has ``steps`` shrink factors below 1, evenly down to ``lowest`` (the clip search of AWQ, Lin et al. 2024, on the
-    weight's own error). Factor 1 is on the grid and wins ties, so the error is never above that of ``Dynamic()``.
-    Costs ``steps + 1`` quantizations.
-    """
-
-    steps: int = 20
-    lowest: float = 0.5
-
-    def __post_init__(self) -> None:
-        if type(self.steps) is not int or self.steps < 1:
-            raise RecipeError(f"MinMSE has steps={self.steps!r}, a positive integer is needed, such as MinMSE(steps=20)")
-        if type(self.lowest) not in (int, float) or not 0 < self.lowest < 1:
-            raise RecipeError(f"MinMSE has lowest={self.lowest!r}, a number between 0 and 1 is needed, such as 0.5")
-
-    def of(self, blocks: Tensor, granularity: Granularity, quantized: RoundTrip) -> tuple[Tensor, Tensor]:
-        lo, hi = DYNAMIC.of(blocks, granularity, quantized)
-        largest = torch.maximum(-lo, hi)
-        unit = torch.where(largest > 0, largest, 1)  # errors relative to the largest magnitude, so that squares stay in range
-
-        def error(shrink: float) -> Tensor:
-            return granularity.reduce(torch.sum, ((quantized(lo * shrink, hi * shrink) - blocks) / unit).square())
-
-        best, least = torch.ones_like(lo), error(1.0)
-        for step in range(1, self.steps + 1):
-            shrink = 1 - (1 - self.lowest) * step / self.steps
-            found = error(shrink)
-            best = torch.where(found < least, shrink, best)
-            least = torch.minimum(found, least)
-        return lo * best, hi * best
+End = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Given(_Range):
     """A static range: ``Given(-4.0, 6.0)`` for every site, ``Given()`` for what the recipe's ``ranges`` lists for the site.
 
-    Values outside saturate. It describes a whole tensor, so the granularity is PerTensor().
+    Values outside saturate. Two numbers are the range of a tensor, PerTensor(); two tuples (lists will do) hold one range for
+    each index of the last axis, PerChannel(-1).
     """
 
-    lo: float | None = None
-    hi: float | None = None
+    lo: End | None = None
+    hi: End | None = None
 
     def __post_init__(self) -> None:
         if self.lo is None and self.hi is None:
             return
         if self.lo is None or self.hi is None:
             raise RecipeError(f"{self} has one end; give both, or none and list the range of each site in the recipe")
-        check_range(self.lo, self.hi, "Given")
+        if not isinstance(self.lo, list | tuple) and not isinstance(self.hi, list | tuple):
+            check_range(self.lo, self.hi, "Given")
+            return
+        los, his = (tuple(end) if isinstance(end, list | tuple) else () for end in (self.lo, self.hi))
+        if len(los) != len(his) or not los:
+            raise RecipeError(f"Given has {len(los)} low and {len(his)} high ends, as many of both are needed, one per channel")
+        for channel, (lo, hi) in enumerate(zip(los, his, strict=True)):
+            check_range(lo, hi, f"channel {channel} of Given")
+        object.__setattr__(self, "lo", los)
+        object.__setattr__(self, "hi", his)
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether there is a range for every channel."""
+        return isinstance(self.lo, tuple)
+
+    @property
+    def granularity(self) -> Granularity:
+        """The granularity that these numbers are of."""
+        return PerChannel(-1) if self.per_channel else PerTensor()
 
     def of(self, blocks: Tensor, granularity: Granularity, quantized: RoundTrip) -> tuple[Tensor, Tensor]:
         if self.lo is None or self.hi is None:
             raise RecipeError("the range of this site is to be given and is not; add (site, lo, hi) to the recipe's ranges")
-        return blocks.new_full((), self.lo), blocks.new_full((), self.hi)
+        if not isinstance(self.lo, tuple):
+            return blocks.new_full((), self.lo), blocks.new_full((), self.hi)  # type: ignore[arg-type]  # a tuple has a tuple
+        if blocks.shape[-1] != len(self.lo):
+            raise RecipeError(f"Given has ranges of {len(self.lo)} channels, the tensor has {blocks.shape[-1]}")
+        shape = (*[1] * (blocks.ndim - 1), len(self.lo))
+        lo, hi = (torch.tensor(end, dtype=blocks.dtype, device=blocks.device).reshape(shape) for end in (self.lo, self.hi))
+        return lo, hi
 
 
 def check_range(lo: object, hi: object, where: str) -> None:
@@ -102,7 +91,7 @@ def check_range(lo: object, hi: object, where: str) -> None:
         raise RecipeError(f"{where} has the range ({lo!r}, {hi!r}), whose low end lies above its high end; swap them")
 
 
-Range = Dynamic | MinMSE | Given
+Range = Dynamic | Given | Observer
 
-# What a recipe can name; a new way to a range is one class and one entry here.
-RANGES: tuple[type[Range], ...] = (Dynamic, MinMSE, Given)
+# What a recipe can name; a new way to a range is one class and one entry here, an observer one in observers.py.
+RANGES: tuple[type[Range], ...] = (Dynamic, Given, *OBSERVERS)

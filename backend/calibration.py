@@ -1,0 +1,429 @@
+"""Calibration in one page: capture once, then run the data through one stage of the graphs after another.
+
+    float       the outputs to stay close to
+    measured    once per transform that needs data: what the inputs of linears look like, from which it chooses its map
+    observed    the transforms written, an observer on every static edge
+    simulated   everything rounded, the ranges adjustable: the search for one token ratio, then learning (searching.py)
+
+Weights are folded in every stage, so that a pass costs what the float model costs and a little more.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxquant.errors import CalibrationError
+from fxquant.graph.capture import Parameter, capture
+from fxquant.graph.equivalence import site_name
+from fxquant.graph.fold import fold, unit_of
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.observe import mask_for, observe, tokens, watching
+from fxquant.graph.rewrite import copy_of
+from fxquant.graph.tidy import tidy, value
+from fxquant.graph.weights import cone_of
+from fxquant.numerics.granularity import PerTensor
+from fxquant.patterns.annotate import SITE, annotate, quantize_weights
+from fxquant.patterns.canonical import canonicalize
+from fxquant.patterns.edges import Edge, insert, rounded
+from fxquant.patterns.inputs import absorbs, linear_inputs
+from fxquant.patterns.measured import Measured
+from fxquant.patterns.transforms import equalize, get
+from fxquant.plan import Plan
+from fxquant.recipe import Recipe
+
+from .simulate import Quantizer
+
+ROWS = 512  # tokens that are kept of a linear's input
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+Maps = dict[str, dict[str, dict[str, Tensor]]]
+"""transform -> need -> site -> what it writes."""
+
+
+class Stage:
+    """What is run in place of each captured graph; ``build`` is called once per graph, with a copy of its own."""
+
+    def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+        """The function of the graph's arguments that stands for ``gm`` in this stage."""
+        return gm
+
+
+class Graph:
+    """One captured graph: runs whatever the session's stage makes of it."""
+
+    def __init__(self, session: "Session", gm: fx.GraphModule) -> None:
+        self.session, self.gm = session, gm
+        self._built: dict[Stage, Callable[..., Any]] = {}
+        self._parameters = [i for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if Parameter.of(n) is not None]
+        self._met: tuple[int, ...] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        met = tuple(id(args[i]) for i in self._parameters)
+        if self._met is None:
+            self._met = met
+        elif self._met != met:
+            raise CalibrationError(
+                "one captured graph serves several layers, so its sites cannot be told apart; compile the model as a whole, "
+                "without graph breaks inside its layers (fullgraph=True shows where they are)"
+            )
+        stage = self.session.stage
+        if stage not in self._built:
+            self._built[stage] = stage.build(copy_of(self.gm), args)
+        return self._built[stage](*args)
+
+    def forget(self, stage: Stage) -> None:
+        """Free what was built for a stage that is over."""
+        self._built.pop(stage, None)
+
+
+@dataclass(eq=False)
+class Session:
+    """The graphs that Dynamo has captured so far, the stage they are in, and the padding masks of the call at hand."""
+
+    recipe: Recipe
+    stage: Stage = field(default_factory=Stage)
+    graphs: list[Graph] = field(default_factory=list)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A backend for ``torch.compile``: captures, and runs what the stage makes of it."""
+        graph = Graph(self, canonicalize(tidy(capture(gm)), Fuel()))
+        self.graphs.append(graph)
+        return graph
+
+    def enter(self, stage: Stage) -> None:
+        """Go on to ``stage``; what was built for the one before is freed."""
+        for graph in self.graphs:
+            graph.forget(self.stage)
+        self.stage = stage
+
+
+def runnable(gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+    """``gm`` as a function of its arguments whose weight algebra is done once, for the parameters in ``args``."""
+    folded = fold(tidy(gm))
+    with torch.no_grad():
+        weights = [t for unit in folded.units for t in unit.fold([args[i] for i in unit.inputs])]
+    return lambda *args: folded.runtime(*(args[i] for i in folded.kept), *weights)
+
+
+# ---- measured -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Seen:
+    """Statistics of one linear's input; ``rows`` is a sample in which every token is as likely as any other."""
+
+    low: Tensor | None = None
+    high: Tensor | None = None
+    total: Tensor | None = None
+    count: int = 0
+    rows: Tensor | None = None
+    lots: Tensor | None = None  # a random number per row kept: the rows with the smallest ones stay
+
+    def add(self, x: Tensor, generator: torch.Generator) -> None:
+        if not x.numel():
+            return
+        x = x.float()
+        low, high, total = x.amin(0), x.amax(0), x.abs().sum(0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.total = total if self.total is None else self.total + total
+        self.count += len(x)
+        lots = torch.rand(len(x), generator=generator)
+        kept = lots.topk(min(ROWS, len(x)), largest=False).indices
+        rows, lots = x[kept.to(x.device)], lots[kept]
+        if self.rows is not None and self.lots is not None:
+            rows, lots = torch.cat([self.rows, rows]), torch.cat([self.lots, lots])
+        kept = lots.topk(min(ROWS, len(lots)), largest=False).indices
+        self.rows, self.lots = rows[kept.to(rows.device)], lots[kept]
+
+
+class MeasuringStage(Stage):
+    """The graphs after some transforms, every linear's input watched: ``choices`` then asks the next transform for its maps."""
+
+    def __init__(self, session: Session, done: Sequence[str], maps: Maps, seed: int) -> None:
+        self._session, self._done, self._maps = session, tuple(done), maps
+        self._generator = torch.Generator().manual_seed(seed)
+        self.seen: dict[str, _Seen] = {}
+        self._decoder: dict[str, bool] = {}
+        self._linears: dict[str, Callable[[_Seen], Measured]] = {}
+
+    def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+        equalize(gm, self._done, Fuel(), **self._maps)
+        annotation = annotate(gm, self._session.recipe, Fuel())
+        site_of = {site.key: site for site in annotation.sites if not site.reason}
+        for x, linears in linear_inputs(gm).items():
+            where = site_name(linears[0])
+            quantized = [site_of[key] for n in linears if (key := n.meta.get(SITE)) in site_of]
+            if not quantized or where in self._linears:
+                continue
+            specs = quantized[0].activation, quantized[0].weight
+            operands = [_weights_of(gm, linear, args) for linear in linears]
+            self._linears[where] = _measured(where, operands, *specs, absorbs(gm, linears[0]))
+            self._decoder[where] = reads_decoder(x)
+            with gm.graph.inserting_before(min(linears)):
+                observed = gm.graph.call_function(observe, (x, where))
+            observed.meta["val"] = value(x)
+            for linear in linears:
+                linear.replace_input_with(x, observed)
+        gm.recompile()
+        return runnable(gm, args)
+
+    def see(self, key: str, x: Tensor) -> None:
+        rows = tokens(x, mask_for(self._session.masks, self._decoder[key]), merge_heads=False)
+        self.seen.setdefault(key, _Seen()).add(rows, self._generator)
+
+    def choices(self, transform: str, notes: dict[str, str], progress: "Progress") -> dict[str, dict[str, Tensor]]:
+        """need -> site -> tensor, as the transform chooses for each site; ``notes`` gets the reasons of those left alone."""
+        chosen: dict[str, dict[str, Tensor]] = {}
+        choose = get(transform).choose
+        assert choose is not None
+        for where in progress(list(self._linears), f"choosing: {transform}"):
+            seen = self.seen.get(where)
+            answer = choose(self._linears[where](seen)) if seen and seen.count else "no token came by in the calibration data"
+            if isinstance(answer, str):
+                notes[f"{transform}: {where}"] = answer
+                continue
+            for need, tensor in answer.items():
+                chosen.setdefault(need, {})[where] = tensor
+        return chosen
+
+
+def _weights_of(gm: fx.GraphModule, linear: fx.Node, args: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias that a linear has after the transforms so far, for the parameters in ``args``."""
+
+    def evaluated(node: Any) -> Tensor | None:
+        if not isinstance(node, fx.Node):
+            return None
+        unit = unit_of(gm, node)()
+        (tensor,) = unit.fold([args[i] for i in unit.inputs])
+        return tensor.detach()
+
+    weight = evaluated(linear.args[1])
+    assert weight is not None
+    return weight, evaluated(linear.args[2] if len(linear.args) > 2 else None)
+
+
+def _measured(where: str, operands: Any, activation: Any, weight: Any, absorbed: bool) -> Callable[[_Seen], Measured]:
+    def measured(seen: _Seen) -> Measured:
+        assert seen.low is not None and seen.high is not None and seen.total is not None and seen.rows is not None
+        weights, biases = tuple(w for w, _ in operands), tuple(b for _, b in operands)
+        mean = seen.total / seen.count
+        return Measured(where, seen.low, seen.high, mean, seen.rows, weights, biases, activation, weight, absorbed)
+
+    return measured
+
+
+def reads_decoder(node: fx.Node) -> bool:
+    """The value has the decoder's tokens: it comes from an input of the decoder."""
+    inputs = (n for n in cone_of(node) if n.op == "placeholder" and Parameter.of(n) is None)
+    return any("decoder" in str(n.meta.get("dynamo_name", "")) for n in inputs)
+
+
+# ---- observed -----------------------------------------------------------------------------------------------------------
+
+
+class ObservingStage(Stage):
+    """The transformed graphs with an observer on every static edge; ``states`` is what they have seen, by the edge's key."""
+
+    def __init__(self, session: Session, maps: Maps) -> None:
+        self._session, self._maps = session, maps
+        self.edges: dict[str, Edge] = {}
+        self.states: dict[str, Any] = {}
+        self._decoder: dict[str, bool] = {}
+
+    def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+        recipe = self._session.recipe
+        equalize(gm, recipe.transforms, Fuel(), **self._maps)
+        edges = [edge for edge in annotate(gm, recipe, Fuel()).edges if edge.spec.is_observed]
+        for edge in edges:
+            self.edges.setdefault(edge.key, edge)
+            self._decoder.setdefault(edge.key, reads_decoder(edge.value))
+        insert(gm, edges, lambda x, edge: gm.graph.call_function(observe, (x, edge.key)))
+        return runnable(gm, args)
+
+    def see(self, key: str, x: Tensor) -> None:
+        spec = self.edges[key].spec
+        whole = isinstance(spec.granularity, PerTensor)
+        rows = tokens(x, mask_for(self._session.masks, self._decoder[key]), merge_heads=whole)
+        state = self.states.get(key)
+        state = spec.range.start() if state is None else state
+        self.states[key] = spec.range.update(state, rows, spec.granularity)
+
+
+# ---- simulated ----------------------------------------------------------------------------------------------------------
+
+
+class SimulatingStage(Stage):
+    """The transformed graphs with everything rounded; each static edge by a Quantizer whose range can be set and learned."""
+
+    def __init__(self, session: Session, maps: Maps, quantizers: Mapping[str, Quantizer]) -> None:
+        self._session, self._maps, self.quantizers = session, maps, quantizers
+
+    def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+        recipe = self._session.recipe
+        equalize(gm, recipe.transforms, Fuel(), **self._maps)
+        annotation = annotate(gm, recipe, Fuel())
+        round_now = rounded(gm)
+
+        def write(x: fx.Node, edge: Edge) -> fx.Node:
+            if edge.key not in self.quantizers:
+                return round_now(x, edge)
+            name = "quantizer_" + "".join(c if c.isalnum() else "_" for c in edge.key)
+            if not hasattr(gm, name):
+                gm.add_module(name, self.quantizers[edge.key])
+            return gm.graph.call_module(name, (x,))
+
+        known = [edge for edge in annotation.edges if not edge.spec.is_observed or edge.key in self.quantizers]
+        insert(gm, known, write)
+        quantize_weights(gm, annotation)
+        return runnable(gm, args)
+
+
+# ---- running the data ---------------------------------------------------------------------------------------------------
+
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+class Runner:
+    """Runs the user's batches through his model in any stage, and hands over what comes out."""
+
+    def __init__(self, model: nn.Module, data: Any, session: Session, progress: Progress) -> None:
+        self.session, self._model, self._progress = session, model, progress
+        self._data = data if callable(data) else _batches(data)
+        self._compiled = torch.compile(model._call_impl, backend=session.backend)
+        self._names = _parameter_names(model)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the data can be cut: the number of batches, 1 for a callable."""
+        return 1 if callable(self._data) else len(self._data)
+
+    def run(self, title: str, parts: int | None = None, gradients: bool = False) -> Iterable[tuple[Any, dict[str, Tensor]]]:
+        """Yields every output of the model with the padding masks of its call; the first ``parts`` batches alone if given."""
+        seen: list[tuple[Any, dict[str, Tensor]]] = []
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.session.masks = self._masks(args, kwargs)
+            output = self._compiled(*args, **kwargs)
+            seen.append((output, self.session.masks))
+            return output
+
+        before = self._model._compiled_call_impl
+        with torch.set_grad_enabled(gradients):
+            try:
+                self._model._compiled_call_impl = call  # what Module.__call__ runs, as Module.compile() sets it
+                if callable(self._data):
+                    self._data(self._model)
+                    yield from seen
+                    return
+                for batch in self._progress(self._data[:parts], title):
+                    self._call(batch)
+                    yield from seen
+                    seen.clear()
+            finally:
+                self._model._compiled_call_impl = before
+
+    def _call(self, batch: Any) -> None:
+        if isinstance(batch, Mapping):
+            self._model(**batch)
+        elif isinstance(batch, list | tuple):
+            self._model(*batch)
+        else:
+            self._model(batch)
+
+    def _masks(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        return {name: m for name in MASKS if isinstance(m := given.get(name), Tensor) and m.ndim == 2}
+
+
+def _batches(data: Any) -> list[Any]:
+    """The batches as a list, for they are gone through more than once; raises CalibrationError for what is none."""
+    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
+        raise CalibrationError(
+            f"calibration data is a {type(data).__name__}; an iterable of batches is needed (dicts, tuples or tensors), or a "
+            "callable that runs the model: [batch] if it is one batch"
+        )
+    batches = list(data)
+    if not batches:
+        raise CalibrationError("the calibration data holds no batch; an iterator that was used up before gives none")
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Tensor | Mapping | list | tuple):
+            kind = type(batch).__name__
+            raise CalibrationError(f"batch {number} of the calibration data is a {kind}; a dict, a tuple or a tensor is needed")
+    return batches
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    try:
+        return [name for name in inspect.signature(model.forward).parameters if name != "self"]
+    except (TypeError, ValueError):
+        return []
+
+
+def compared(output: Any, masks: Mapping[str, Tensor], most: int = 1 << 22) -> Tensor:
+    """What of a model's output is compared with the float model's: [rows, features], float32, padding left out.
+
+    The logits if there are such, else the last hidden state, else the first tensor of floats. Of very wide outputs (the logits
+    of a vocabulary) evenly spaced rows, so that no more than ``most`` numbers are kept.
+    """
+    chosen = next((t for name in ("logits", "last_hidden_state") if isinstance(t := _field(output, name), Tensor)), None)
+    if chosen is None:
+        floats = (t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+        chosen = next(floats, None)
+    if chosen is None:
+        kind = type(output).__name__
+        raise CalibrationError(f"the model returned {kind} without a tensor of floats, so nothing can be compared; return one")
+    mask = next((m for m in reversed(masks.values()) if m.shape == chosen.shape[:2] and chosen.ndim > 2), None)
+    rows = tokens(chosen, mask, merge_heads=True)
+    step = -(-rows.numel() // most) if most else 1
+    return rows[::step].float()
+
+
+def _field(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+# ---- the whole ----------------------------------------------------------------------------------------------------------
+
+
+def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> Plan:
+    """Run all stages and put together what they found."""
+    from .searching import search  # it needs the stages above
+
+    session, notes = runner.session, {}
+    maps: Maps = {name: {need: {} for need in get(name).needs} for name in recipe.transforms if get(name).needs}
+    for position, name in enumerate(recipe.transforms):
+        if get(name).choose is None:
+            continue
+        stage = MeasuringStage(session, recipe.transforms[:position], maps, seed)
+        session.enter(stage)
+        with watching(stage):
+            for _ in runner.run(f"measuring for {name}"):
+                pass
+        maps[name] |= stage.choices(name, notes, progress)
+
+    observing = ObservingStage(session, maps)
+    session.enter(observing)
+    with watching(observing):
+        for _ in runner.run("observing"):
+            pass
+    if not session.graphs:
+        raise CalibrationError("the model ran and no graph of it was captured; is it inside torch.compiler.disable()?")
+    ranges, found = search(runner, observing, maps, progress)
+    tensors = {f"{need}/{name}/{site}": t for name, m in maps.items() for need, sites in m.items() for site, t in sites.items()}
+    for key, (low, high) in ranges.items():
+        tensors |= {f"low/{key}": low, f"high/{key}": high}
+    return Plan(recipe, tensors, _sites(session), {**found, "left alone": notes} if notes else found)
+
+
+def _sites(session: Session) -> dict[str, tuple[int, ...]]:
+    """The parameters that the graphs read, with their shapes."""
+    inputs = [node for graph in session.graphs for node in graph.gm.graph.find_nodes(op="placeholder")]
+    named = {node: parameter for node in inputs if (parameter := Parameter.of(node)) is not None}
+    return {p.path: tuple(value(node).shape) for node, p in named.items() if p.kind == "parameter"}
