@@ -240,7 +240,7 @@ class ObservingStage(Stage):
     def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         recipe = self._session.recipe
         equalize(gm, recipe.transforms, Fuel(), **self._maps)
-        edges = [edge for edge in annotate(gm, recipe, Fuel()).edges if edge.spec.is_observed]
+        edges = [edge for edge in annotate(gm, recipe, Fuel()).edges if edge.spec.observer is not None]
         for edge in edges:
             self.edges.setdefault(edge.key, edge)
             self._decoder.setdefault(edge.key, reads_decoder(edge.value))
@@ -251,9 +251,9 @@ class ObservingStage(Stage):
         spec = self.edges[key].spec
         whole = isinstance(spec.granularity, PerTensor)
         rows = tokens(x, mask_for(self._session.masks, self._decoder[key]), merge_heads=whole)
-        state = self.states.get(key)
-        state = spec.range.start() if state is None else state
-        self.states[key] = spec.range.update(state, rows, spec.granularity)
+        assert spec.observer is not None  # as for every edge that was kept
+        state = self.states[key] if key in self.states else spec.observer.start()
+        self.states[key] = spec.observer.update(state, rows, spec.granularity)
 
 
 # ---- simulated ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from fxquant.plan import Plan
 from fxquant.recipe import Recipe, rule_names
 from fxquant.report import Artifact, GraphSite, register, rules_of
 
+from .first_calls import FirstCalls
 from .inductor import compile_runtime
 from .kernels import KERNELS
 from .kernels.attention_cpu import lower_attention
@@ -35,9 +36,16 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> Callable[..., Any]:
     """Dynamo's graph ``gm``, quantized as ``settings.recipe`` says and compiled; one of sizes alone is handed back."""
     if not has_tensors(gm):
         return gm.forward
+    graph, differentiable = tidy(capture(gm)), _differentiable(gm)
+    if settings.calibration_steps:
+        return FirstCalls(graph, settings, lambda settled: compile_captured(graph, settled, differentiable))
+    return compile_captured(graph, settings, differentiable)
+
+
+def compile_captured(graph: fx.GraphModule, settings: Settings, differentiable: Sequence[int]) -> "CompiledGraph":
+    """The captured ``graph`` (changed in place) through all stages."""
     stages, fuel, recipe, plan = Stages(settings.trace), Fuel(settings.fuel), settings.recipe, settings.plan
 
-    graph = tidy(capture(gm))
     inputs = graph.graph.find_nodes(op="placeholder")
     reads = {parameter.path: i for i, node in enumerate(inputs) if (parameter := Parameter.of(node)) is not None}
     stages.show("captured", graph)
@@ -45,9 +53,9 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> Callable[..., Any]:
     stages.show("canonical", graph)
     if plan is not None:
         _check(plan, graph, {path: tuple(value(inputs[i]).shape) for path, i in reads.items()})
-    notes = equalize(graph, recipe.transforms, fuel, **_arguments(plan))
+    notes = equalize(graph, recipe.transforms, fuel, **arguments_of(plan))
     stages.show("equalized", graph, f"{len(notes)} transforms")
-    annotation = annotate(graph, recipe, fuel, plan.range if plan else _no_range)
+    annotation = annotate(graph, recipe, fuel, plan.range if plan else no_range)
     sites = annotation.sites
     stages.show("annotated", graph)
     quantize(graph, annotation)
@@ -64,11 +72,11 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> Callable[..., Any]:
     listed = [_graph_site(site, kernels.get(site.key), recipe) for site in sites]
     for edges, reason in ((annotation.edges, ""), (annotation.open, NO_RANGE)):
         listed += [_graph_edge(edge, reads, reason) for edge in edges if edge.role != "input" and edge.names[0] in reads]
-    artifact = Artifact(recipe, tuple(listed), tuple(notes), sorted(reads.values()))
+    artifact = Artifact(recipe, tuple(listed), tuple(notes), sorted(reads.values()), plan)
     register(artifact)
     _warn_of_what_was_not_done(artifact)
     weights = FoldedWeights(folded.units, [i for site in sites for i in site.arguments], artifact.meet)
-    return CompiledGraph(run, weights, folded.kept, _differentiable(gm), artifact)
+    return CompiledGraph(run, weights, folded.kept, differentiable, artifact)
 
 
 class CompiledGraph:
@@ -135,11 +143,11 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
-def _no_range(edge: str) -> None:
+def no_range(edge: str) -> None:
     """Without a plan no static range is known but those that the recipe lists."""
 
 
-def _arguments(plan: Plan | None) -> dict[str, dict[str, Any]]:
+def arguments_of(plan: Plan | None) -> dict[str, dict[str, Any]]:
     """What the plan's transforms write, by transform and need; nothing where calibration found nothing to do."""
     if plan is None:
         return {}

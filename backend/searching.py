@@ -30,14 +30,15 @@ def search(runner: Runner, observed: ObservingStage, maps: Maps, progress: Progr
         found: Ranges = {}
         for key, state in states.items():
             spec = edges[key].spec
-            observer = spec.range
+            observer = spec.observer
+            assert observer is not None  # the edge was observed
             if isinstance(observer, TokenWise) and observer.ratio is None:
                 observer = observer.with_ratio(1.0 if ratio is None else ratio)
             found[key] = observer.range(state, spec.format, spec.granularity)
         return found
 
-    searched = [key for key in states if isinstance(r := edges[key].spec.range, TokenWise) and r.ratio is None]
-    learned = [key for key in states if edges[key].spec.range.learned]
+    searched = [key for key in states if isinstance(r := edges[key].spec.observer, TokenWise) and r.ratio is None]
+    learned = [key for key in states if (watched := edges[key].spec.observer) and watched.learned]
     notes: dict[str, Any] = {}
     if not searched and not learned:
         return ranges_at(None), notes

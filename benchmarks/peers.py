@@ -5,7 +5,8 @@
     python benchmarks/peers.py --task sst2 --peer torchao
 
 Every peer quantizes the linears of the blocks and leaves the head (and attention's own products, embeddings, convolutions)
-alone, and calibrates on ``Task.calibration(0)``. Results are merged into build/benchmarks/peers.json, one row per setting.
+alone, and calibrates on ``Task.calibration(0)``. Results are merged into build/benchmarks/peers.json, one row per
+setting; what is there already is not measured again, so a run can be broken off and taken up.
 """
 
 import argparse
@@ -475,11 +476,14 @@ def measure_one(peer: Peer, task: Task, reference: Tensor) -> dict[str, Any]:
 
 def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     """The rows of ``path`` with these in the place of older ones, in the order of ``PEERS``."""
-    key = lambda row: (row["task"], row["scheme"], row["peer"], row["setting"])  # noqa: E731
     old = json.loads(path.read_text())["results"] if path.exists() else []
     order = {(name, p.scheme, p.name, p.setting): i for i, (name, p) in enumerate((n, p) for n in SIZES for p in PEERS)}
-    both: Mapping[Any, dict[str, Any]] = {key(row): row for row in [*old, *rows] if key(row) in order}
-    return sorted(both.values(), key=lambda row: order[key(row)])
+    both: Mapping[Any, dict[str, Any]] = {_key(row): row for row in [*old, *rows] if _key(row) in order}
+    return sorted(both.values(), key=lambda row: order[_key(row)])
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    return row["task"], row["scheme"], row["peer"], row["setting"]
 
 
 def main() -> None:
@@ -488,11 +492,13 @@ def main() -> None:
     parser.add_argument("--peer", action="append", choices=sorted({p.name for p in PEERS}), help="default: all")
     parser.add_argument("--scheme", action="append", choices=sorted({p.scheme for p in PEERS}), help="default: all")
     parser.add_argument("--setting", action="append", help="default: all")
+    parser.add_argument("--again", action="store_true", help="measure what the file already has, too")
     parser.add_argument("--table", action="store_true", help="run nothing: print what is in the file")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "benchmarks" / "peers.json")
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
+    known = {_key(row) for row in merged([], args.json) if "error" not in row} if not args.again else set()
     for name in [] if args.table else args.task or SIZES:
         task = dataclasses.replace(TASKS[name], size=SIZES[name])
         chosen = [
@@ -502,6 +508,7 @@ def main() -> None:
             and p.name in (args.peer or [p.name])
             and p.scheme in (args.scheme or [p.scheme])
             and p.setting in (args.setting or [p.setting])
+            and (name, p.scheme, p.name, p.setting) not in known
         ]
         if not chosen:
             continue
@@ -513,7 +520,7 @@ def main() -> None:
                 write("peers", merged(rows, args.json), args.json)
     cells: list[tuple[object, ...]] = [("task", "scheme", "peer", "setting", "score", "lost", "SQNR [dB]")]
     for row in merged([], args.json):
-        figures = [row["error"][:60], "", ""]
+        figures = [row.get("error", "")[:60], "", ""]
         if "error" not in row:
             figures = [f"{row['score']:.2f}", f"{row['lost']:.2f}", f"{row['sqnr']:.1f}"]
         cells.append((row["task"], row["scheme"], row["peer"], row["setting"], *figures))

@@ -2,36 +2,58 @@
 
 from .calibrate import calibrate
 from .errors import CalibrationError, CaptureError, FxquantError, GradientError, PlanError, RecipeError
+from .examine import explain
 from .graph.fold import refresh
 from .numerics.affine import IntAffine
 from .numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from .numerics.ranges import Dynamic, Given, MinMSE
+from .numerics.observers import (
+    LSQ,
+    AverageMinMax,
+    Entropy,
+    GoldenMSE,
+    LSQPlus,
+    MinMax,
+    MinMSE,
+    MovingAverage,
+    Percentile,
+    TokenWise,
+)
+from .numerics.ranges import Dynamic, Given
 from .plan import Plan
 from .recipe import Override, Recipe, Spec
-from .report import Report, explain
+from .report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LSQ",
+    "AverageMinMax",
     "CalibrationError",
     "CaptureError",
     "Dynamic",
+    "Entropy",
     "FxquantError",
     "Given",
+    "GoldenMSE",
     "GradientError",
     "IntAffine",
+    "LSQPlus",
     "MinMSE",
+    "MinMax",
+    "MovingAverage",
     "Override",
     "PerChannel",
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "Percentile",
     "Plan",
     "PlanError",
     "Recipe",
     "RecipeError",
     "Report",
     "Spec",
+    "TokenWise",
     "calibrate",
     "explain",
     "refresh",

@@ -1,6 +1,5 @@
 """``fxquant.calibrate``: run some data through a model, and keep what a static recipe or a searched transform needs."""
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from .backend.calibration import Runner, Session, find_plan
+from .backend.calibration import Progress, Runner, Session, find_plan
 from .errors import CalibrationError, RecipeError
 from .plan import Plan
 from .recipe import Recipe
@@ -42,10 +41,15 @@ def calibrate(
         recipe = Recipe.preset(recipe)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"the recipe is {recipe!r}; a preset name or a Recipe is needed")
-    session = Session(recipe)
+    session, shown = Session(recipe), bar(progress)
+    return find_plan(Runner(model, data, session, shown), recipe, shown, seed)
 
-    def bar(items: Sequence[Any], title: str) -> Iterable[Any]:
-        shown = progress and sys.stderr.isatty() and bool(title) and not os.environ.get("FXQUANT_QUIET")
+
+def bar(progress: bool) -> Progress:
+    """Goes through a list behind a bar in the terminal, if it is one and it takes longer than two seconds."""
+
+    def through(items: Sequence[Any], title: str) -> Iterable[Any]:
+        shown = progress and bool(title) and sys.stderr.isatty()
         return tqdm(items, title, delay=2, leave=False, disable=not shown)
 
-    return find_plan(Runner(model, data, session, bar), recipe, bar, seed)
+    return through

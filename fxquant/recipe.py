@@ -18,7 +18,8 @@ from .numerics.affine import IntAffine, QParams
 from .numerics.formats import FORMATS, Format
 from .numerics.granularity import GRANULARITIES, Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .numerics.observer import Observer
-from .numerics.ranges import DYNAMIC, RANGES, Given, Range, check_range
+from .numerics.observers import AverageMinMax, TokenWise
+from .numerics.ranges import DYNAMIC, RANGES, Given, MinMSE, Range, check_range
 
 VERSION = 1  # of the dict form; a change that old code would misread raises it
 
@@ -76,7 +77,13 @@ class Spec:
     @property
     def is_observed(self) -> bool:
         """For activations: calibration has to watch them and put a given range in the place of this one."""
-        return isinstance(self.range, Observer) or self.range == Given()
+        return self.observer is not None or self.range == Given()
+
+    @property
+    def observer(self) -> Observer | None:
+        """What watches an activation, where one range holds for all tokens; that of weights or of each token does not."""
+        fixed = isinstance(self.granularity, PerTensor) or self.granularity == PerChannel(-1)
+        return self.range if isinstance(self.range, Observer) and fixed else None
 
     @property
     def brief(self) -> str:
@@ -355,6 +362,29 @@ def _names(kinds: tuple[type[Any], ...]) -> str:
 
 _INT8_CHANNELS = Spec(IntAffine(8), PerChannel(0))
 _UINT8_TOKENS = Spec(IntAffine(8, symmetric=False), PerToken())
+_INT4_GROUPS = Spec(IntAffine(4), PerGroup(128))
+_UINT4_GROUPS = Spec(IntAffine(4, symmetric=False), PerGroup(128))
+
+
+def _static(bits: int, range: Range) -> Spec:
+    """Activations on one asymmetric grid per tensor, whose range calibration finds."""
+    return Spec(IntAffine(bits, symmetric=False), PerTensor(), range)
+
+
+def _whole(weights: int, embeddings: int, activations: int, range: Range) -> dict[str, Spec]:
+    """Every operand of a transformer, as in Outlier Suppression's W-E-A: rows of tables and outputs have a scale each.
+
+    The tails of probabilities are not those of tokens, so they are never clipped.
+    """
+    return {
+        "weights": Spec(IntAffine(weights), PerChannel(0), MinMSE()),
+        "embeddings": Spec(IntAffine(embeddings), PerChannel(0)),
+        "activations": _static(activations, range),
+        "norms": _static(activations, range),
+        "attention": _static(activations, range),
+        "probabilities": _static(activations, AverageMinMax()),
+    }
+
 
 # Relative error of the output under per-token 8 bits, as benchmarks/transforms.py prints it:
 #                                    none    gain migrated   balanced (part of it, against the weights)
@@ -366,10 +396,16 @@ _UINT8_TOKENS = Spec(IntAffine(8, symmetric=False), PerToken())
 # watched in the model as it is. Four-bit weights have none either: gains would move the outliers into them.
 PRESETS: tuple[Recipe, ...] = (
     Recipe(name="W8A8", weights=_INT8_CHANNELS, activations=_UINT8_TOKENS, transforms=("balance",)),
-    Recipe(
-        name="W8A8-static", weights=_INT8_CHANNELS, activations=Spec(IntAffine(8, symmetric=False), PerTensor(), Given())
-    ),
+    Recipe(name="W8A8-static", weights=_INT8_CHANNELS, activations=_static(8, AverageMinMax())),
     Recipe(name="W8A16", weights=_INT8_CHANNELS),
-    Recipe(name="W4A16", weights=Spec(IntAffine(4, symmetric=False), PerGroup(128))),
-    Recipe(name="W4A8", weights=Spec(IntAffine(4), PerGroup(128)), activations=_UINT8_TOKENS),
+    Recipe(name="W4A16", weights=_UINT4_GROUPS),
+    Recipe(name="W4A8", weights=_INT4_GROUPS, activations=_UINT8_TOKENS),
+    # The rest need data: fxquant.calibrate(model, batches, name).
+    Recipe(name="SQ-W8A8", weights=_INT8_CHANNELS, activations=_static(8, AverageMinMax()), transforms=("smooth",)),
+    Recipe(name="OS-W6A6", **_whole(6, 6, 6, TokenWise(fine=True)), transforms=("migrate_gain",)),
+    Recipe(name="OS-W4A8", **_whole(4, 4, 8, TokenWise(fine=True)), transforms=("migrate_gain",)),
+    Recipe(name="OSPLUS-W8A8", weights=_INT8_CHANNELS, activations=_static(8, AverageMinMax()), transforms=("shift_scale",)),
+    Recipe(name="OSPLUS-W6A6", **_whole(6, 6, 6, AverageMinMax()), transforms=("shift_scale",)),
+    Recipe(name="AWQ-W4A16", weights=_UINT4_GROUPS, transforms=("awq",)),
+    Recipe(name="QUAROT-W4A8", weights=_INT4_GROUPS, activations=_UINT8_TOKENS, transforms=("rotate",)),
 )

@@ -2,17 +2,21 @@
 
 import itertools
 import math
+import os
 import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .graph.equivalence import Note
+from .page import Row, lines, page
+from .plan import Plan
 from .recipe import Recipe
 
 
@@ -20,8 +24,9 @@ from .recipe import Recipe
 class SiteReport:
     """One product of an activation with a parameter (or one listed look-up): what became of it.
 
-    ``spec`` names the formats ("int8 x int8"), ``elements`` counts the parameter's elements, ``sqnr`` is the signal to
-    quantization noise ratio of the weight in dB (None where nothing was quantized).
+    ``spec`` names the formats ("int8 x int8"), ``elements`` counts the parameter's elements (0: it is an activation that is
+    rounded beside the products), ``sqnr`` is the signal to quantization noise ratio of the weight in dB (None where nothing was
+    quantized).
     """
 
     name: str
@@ -34,12 +39,20 @@ class SiteReport:
     counted: bool = True
     sqnr: float | None = None
 
+    def row(self) -> Row:
+        """This site as a row of the page, nothing measured but the weight."""
+        return Row(
+            name=self.name, op=self.op, spec=self.spec, kernel=self.kernel, status=self.status, reason=self.reason,
+            sqnr_weight=self.sqnr, elements=self.elements, counted=self.counted,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Report:
     """What one model's compiled graphs do; ``str(report)`` is for reading, with equal layers on one line.
 
     ``unmet`` names the weights (of two axes or more) that no compiled graph has met: their modules ran uncompiled, or not.
+    ``measured`` are the sites as ``explain(model, data)`` found them on data.
     ``unused`` are the recipe's rules (of ignore, overrides and ranges) that name no site.
     """
 
@@ -50,6 +63,14 @@ class Report:
     note: str = ""
     unmet: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    measured: tuple[Row, ...] = ()
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one page that needs nothing else: every site, worst first, with what was measured of it."""
+        rows = self.measured or tuple(site.row() for site in self.sites)
+        moved = [f"{note.transform} at {note.where}: {note.outcome}, {note.reason}" for note in self.transforms]
+        text = page(f"outlierq: recipe {self.recipe}", rows, recipe=self.recipe, notes=moved)
+        Path(path).write_text(text, encoding="utf-8")
 
     @property
     def coverage(self) -> float:
@@ -63,25 +84,27 @@ class Report:
             return self.note
         quantized = sum(s.status == "quantized" and s.counted for s in self.sites)
         products = sum(s.counted for s in self.sites)
-        lines = [
+        out = [
             f"outlierq: recipe {self.recipe}, {self.graphs} graph{'s' * (self.graphs != 1)}, "
             f"{quantized} of {products} products quantized, {100 * self.coverage:.1f}% of their weight elements",
         ]
         if self.unmet:
             shown = ", ".join(dict.fromkeys(map(_layers, self.unmet)))
             count = len(self.unmet)
-            lines.append(f"{count} weights were met by no compiled graph, so they ran uncompiled or not at all: {shown}")
+            out.append(f"{count} weights were met by no compiled graph, so they ran uncompiled or not at all: {shown}")
         if self.unused:
-            lines.append(f"rules that name no site: {', '.join(map(repr, self.unused))}")
+            out.append(f"rules that name no site: {', '.join(map(repr, self.unused))}")
         done = [s for s in self.sites if s.status == "quantized"]
         if done:
-            lines += ["", *_table([("site", "op", "spec", "kernel", "weight SQNR"), *_rows(done)])]
+            out += ["", *_table([("site", "op", "spec", "kernel", "weight SQNR"), *_rows(done)])]
         skipped = [s for s in self.sites if s.status != "quantized"]
         if skipped:
-            lines += ["", "in floating point", *_table(_skipped(skipped), indent="  ")]
+            out += ["", "in floating point", *_table(_skipped(skipped), indent="  ")]
         if self.transforms:
-            lines += ["", "transforms", *_table(_moved(self.transforms), indent="  ")]
-        return "\n".join(lines)
+            out += ["", "transforms", *_table(_moved(self.transforms), indent="  ")]
+        if self.measured:
+            out += ["", "measured, worst first", lines([row for row in self.measured if row.status == "quantized"])]
+        return "\n".join(out)
 
 
 def _layers(name: str) -> str:
@@ -162,6 +185,7 @@ class Artifact:
     sites: tuple[GraphSite, ...]
     transforms: tuple[Note, ...]
     reads: Sequence[int]
+    plan: Plan | None = None
     met: dict[tuple[int, ...], dict[int, "weakref.ref[Tensor]"]] = field(default_factory=dict)
     number: int = field(default_factory=itertools.count().__next__)
 
@@ -188,13 +212,8 @@ def register(artifact: Artifact) -> None:
         _artifacts.add(artifact)
 
 
-def explain(model: nn.Module) -> Report:
-    """What was quantized in ``model``, by which kernel, what was not and why.
-
-    Covers every graph compiled with ``backend="outlierq"`` that has run with parameters of ``model``, whole or regional.
-
-    >>> model.compile(backend="outlierq"); model(**batch); print(fxquant.explain(model))     # doctest: +SKIP
-    """
+def report_on(model: nn.Module) -> Report:
+    """What the compiled graphs do to ``model``: ``fxquant.explain`` without data."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain() was given a {type(model).__name__}; the model that was compiled is needed")
     tensors = _named_tensors(model)
@@ -204,6 +223,8 @@ def explain(model: nn.Module) -> Report:
     sites: dict[tuple[str, str], tuple[Artifact, SiteReport]] = {}
     for artifact in artifacts:  # a later compilation replaces an earlier one, site by site
         for args in artifact.parameters():
+            known = {names.get(id(t)) for t in args.values()}
+            sites = {key: found for key, found in sites.items() if found[1].elements or key[0] not in known}
             for site in artifact.sites:
                 if (name := names.get(id(args[site.argument]))) is not None:
                     sites[name, site.op] = artifact, _site_report(site, name, args)
@@ -225,6 +246,14 @@ def explain(model: nn.Module) -> Report:
         unmet=unmet,
         unused=tuple(sorted(rules - used)),
     )
+
+
+def artifacts_of(model: nn.Module) -> list[Artifact]:
+    """The graphs that have run with parameters of ``model``, in the order of their compilation."""
+    mine = {id(t) for _, t in _named_tensors(model)}
+    with _lock:
+        artifacts = sorted(_artifacts, key=lambda artifact: artifact.number)
+    return [a for a in artifacts if any(id(t) in mine for args in a.parameters() for t in args.values())]
 
 
 _NOTHING = (

@@ -39,6 +39,7 @@ from fxquant.graph.laws import ADD, CAT, DIV, EMBEDDING, GROUPED, LAYER_NORM, LI
 from fxquant.graph.layout import COPIES, PERMUTES, RESHAPES
 from fxquant.graph.match import Match
 from fxquant.graph.rewrite import splice
+from fxquant.graph.tidy import views_that_may_copy
 from fxquant.graph.weights import depends_on_parameters_only, parameter_only
 from fxquant.numerics.hadamard import Hadamard, kronecker, multiply
 
@@ -70,6 +71,8 @@ def rotate(gm: fx.GraphModule, fuel: Fuel, *, seed: int = 0, online: bool | Coll
         notes += _queries_and_keys(work)
     if "down" in places:
         notes += _behind_nonlinearities(work)
+    if any(note.outcome != "refused" for note in notes):
+        views_that_may_copy(gm)  # an RMSNorm keeps the strides that a LayerNorm does not
     gm.recompile()
     return notes
 

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxquant.graph.capture import trace
 from fxquant.graph.layout import STEPS, Layout, backward, forward, forward_any
@@ -54,15 +56,19 @@ def channels(x: Tensor) -> Layout:
 
 
 def path(x: Tensor, move) -> list:
-    """The ops of ``move``, in their order."""
-    mode = FakeTensorMode()
-    gm = trace(move, [mode.from_tensor(x)], mode)
-    return [n for n in gm.graph.nodes if n.op == "call_function" and n.users]
+    """The ops of ``move`` on ``x``, in their order."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    gm = trace(move, [mode.from_tensor(x, static_shapes=True)], mode)
+    found = gm.graph.find_nodes(op="placeholder")
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and n.users and n.all_input_nodes[:1] == found[-1:]:
+            found.append(n)
+    return found[1:]
 
 
 def through(nodes: list, layout):
     for node in nodes:
-        layout = forward_any(node, 0, layout)
+        layout = None if layout is None else forward_any(node, 0, layout)
     return layout
 
 
@@ -82,7 +88,7 @@ def test_a_layout_moves_as_the_elements_do(name):
 @pytest.mark.parametrize("name", MOVES)
 def test_the_way_back_undoes_the_way_forth(name):
     x, move = MOVES[name]
-    layout = there = channels(x)
+    there = channels(x)
     for node in path(x, move):
         before, there = there, forward_any(node, 0, there)
         back = backward(node, 0, there)
@@ -92,7 +98,57 @@ def test_the_way_back_undoes_the_way_forth(name):
             assert ((shared[0] == shared[1]) | (shared[0] == -1)).all() and not back.untouched
         else:
             assert back is not None
-    assert layout == channels(x)
+
+
+# The same ops, and those that add up or fill, along the axis of the channels or with something that is no channel's.
+AGAINST = {
+    "channels rolled": (X, lambda x: x.roll(1, -1)),
+    "everything rolled": (X, lambda x: x.roll(1)),
+    "heads and tokens rolled": (HEADS, lambda x: x.roll((1, 1), (1, 2))),
+    "channels turned round": (X, lambda x: x.flip(-1)),
+    "heads turned round": (HEADS, lambda x: x.flip(1, 2)),
+    "channels picked": (X, lambda x: x.index_select(-1, torch.tensor([3, 1, 0]))),
+    "channels picked by an index": (X[0, 0], lambda x: x[torch.tensor([3, 1, 0])]),
+    "channels picked beside tokens": (X[0], lambda x: x[torch.tensor([0, 1]), torch.tensor([3, 1])]),
+    "channels picked by a mask": (X, lambda x: x[torch.ones(2, 3, 12, dtype=torch.bool)]),
+    "channels padded": (X, lambda x: F.pad(x, (1, 1))),
+    "channels cut by a negative pad": (X, lambda x: F.pad(x, (-1, 0))),
+    "tokens padded with ones": (X, lambda x: F.pad(x, (0, 0, 1, 1), value=1.0)),
+    "tokens padded with themselves": (X, lambda x: F.pad(x, (0, 0, 1, 1), mode="reflect")),
+    "channels added up": (X, lambda x: x.sum(-1)),
+    "channels added up, the axis kept": (X, lambda x: x.sum(-1, keepdim=True)),
+    "the mean of tokens and channels": (X, lambda x: x.mean((1, 2), keepdim=True)),
+    "everything added up": (X, lambda x: x.sum((), keepdim=True)),
+    "the mean of the heads": (HEADS, lambda x: x.mean(2)),
+}
+BESIDE = {
+    "tokens turned round": (X, lambda x: x.flip(1)),
+    "tokens picked": (X, lambda x: x.index_select(1, torch.tensor([2, 0]))),
+    "rows picked by an index": (X, lambda x: x[torch.tensor([1, 0])]),
+    "rows picked by a mask": (X, lambda x: x[torch.ones(2, 3, dtype=torch.bool)]),
+    "tokens padded": (X, lambda x: F.pad(x, (0, 0, 1, 1))),
+    "heads padded by tokens": (HEADS, lambda x: F.pad(x, (0, 0, 0, 0, 1, 0))),
+    "tokens added up": (X, lambda x: x.sum(1)),
+    "the mean of batch and tokens": (X, lambda x: x.mean((0, 1), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", AGAINST)
+def test_an_op_along_the_channels_does_not_carry_them_on(name):
+    x, move = AGAINST[name]
+    layout = Layout.last(12, x.ndim) if x is not HEADS else channels(x)
+    assert through(path(x, move), layout) is None
+
+
+@pytest.mark.parametrize("name", {**MOVES, **BESIDE})
+def test_a_scale_of_the_channels_goes_through_an_op_as_its_layout_says(name):
+    x, move = {**MOVES, **BESIDE}[name]
+    layout = through(path(x, move), channels(x))
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    scale = torch.rand(12, generator=generator, dtype=torch.float64) + 0.5
+    expected = move(numbers) * scale[spelled(layout, move(x))]
+    torch.testing.assert_close(move(numbers * scale[spelled(channels(x), x)]), expected, rtol=1e-12, atol=0)
 
 
 @given(st.permutations(range(4)), st.lists(st.integers(1, 3), min_size=4, max_size=4))

@@ -5,8 +5,8 @@ Both start from the extremes, judge a range by the format's own arithmetic, and 
 The tensor at hand is judged itself, and both ends of a block shrink together: the error is never above that of ``Dynamic()``.
 
 Watched data is judged by its histogram, down to 2^-12 of its extremes. Magnitudes are cut first; then, under a grid with a
-zero point, each end moves by itself: up to 11 % less error where a channel of outliers sits on one side, and a second round
-gains no more than 1 %. The distance from a value to a grid changes by no more than the value does, and the histogram moves no
+zero point, each end moves by itself: up to 11 % less error than both ends shrunk together, where a channel of outliers sits on
+one side. The distance from a value to a grid changes by no more than the value does, and the histogram moves no
 value by more than 1/512 of it (1/64 per channel; and what is below 2^-23, 2^-15, of the largest to zero). So the root mean
 squared error of the range found is above that of the extremes by at most twice this part of the root mean square of the data.
 Merging is exact.
