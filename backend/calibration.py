@@ -1,15 +1,17 @@
 """Calibration in one page: capture once, then run the data through one stage of the graphs after another.
 
-    float       the outputs to stay close to
     measured    once per transform that needs data: what the inputs of linears look like, from which it chooses its map
     observed    the transforms written, an observer on every static edge
+    float       the outputs to stay close to, if something is to be searched or learned
     simulated   everything rounded, the ranges adjustable: the search for one token ratio, then learning (searching.py)
 
 Weights are folded in every stage, so that a pass costs what the float model costs and a little more.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.capture import Parameter, capture
+from fxquant.graph.capture import Parameter, capture, has_tensors
 from fxquant.graph.equivalence import site_name
 from fxquant.graph.fold import fold, unit_of
 from fxquant.graph.fuel import Fuel
@@ -54,53 +56,66 @@ class Stage:
 
 
 class Graph:
-    """One captured graph: runs whatever the session's stage makes of it."""
+    """One captured graph: runs whatever the active session's stage makes of it, itself if there is none."""
 
-    def __init__(self, session: "Session", gm: fx.GraphModule) -> None:
-        self.session, self.gm = session, gm
-        self._built: dict[Stage, Callable[..., Any]] = {}
-        self._parameters = [i for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if Parameter.of(n) is not None]
-        self._met: tuple[int, ...] | None = None
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.parameters = [i for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if Parameter.of(n) is not None]
 
     def __call__(self, *args: Any) -> Any:
-        met = tuple(id(args[i]) for i in self._parameters)
-        if self._met is None:
-            self._met = met
-        elif self._met != met:
-            raise CalibrationError(
-                "one captured graph serves several layers, so its sites cannot be told apart; compile the model as a whole, "
-                "without graph breaks inside its layers (fullgraph=True shows where they are)"
-            )
-        stage = self.session.stage
-        if stage not in self._built:
-            self._built[stage] = stage.build(copy_of(self.gm), args)
-        return self._built[stage](*args)
+        session: Session | None = getattr(_active, "session", None)
+        return self.gm(*args) if session is None else session.run(self, args)
 
-    def forget(self, stage: Stage) -> None:
-        """Free what was built for a stage that is over."""
-        self._built.pop(stage, None)
+
+_active = threading.local()
+
+
+def _capturing(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend that only captures; one function for all sessions, so that Dynamo keeps what it has captured already."""
+    return Graph(canonicalize(tidy(capture(gm)), Fuel())) if has_tensors(gm) else gm.forward
 
 
 @dataclass(eq=False)
 class Session:
-    """The graphs that Dynamo has captured so far, the stage they are in, and the padding masks of the call at hand."""
+    """The graphs that have run so far, the stage they are in, and the padding masks of the call at hand."""
 
     recipe: Recipe
     stage: Stage = field(default_factory=Stage)
-    graphs: list[Graph] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    _met: dict[Graph, tuple[int, ...]] = field(default_factory=dict)
+    _built: dict[Graph, Callable[..., Any]] = field(default_factory=dict)
 
-    def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """A backend for ``torch.compile``: captures, and runs what the stage makes of it."""
-        graph = Graph(self, canonicalize(tidy(capture(gm)), Fuel()))
-        self.graphs.append(graph)
-        return graph
+    @property
+    def graphs(self) -> list[Graph]:
+        """Every graph that has run, in the order of their first calls."""
+        return list(self._met)
 
     def enter(self, stage: Stage) -> None:
         """Go on to ``stage``; what was built for the one before is freed."""
-        for graph in self.graphs:
-            graph.forget(self.stage)
+        self._built.clear()
         self.stage = stage
+
+    def run(self, graph: Graph, args: Sequence[Any]) -> Any:
+        """``graph`` as the stage has it. Raises CalibrationError where one graph serves several layers."""
+        met = tuple(id(args[i]) for i in graph.parameters)
+        if self._met.setdefault(graph, met) != met:
+            raise CalibrationError(
+                "one captured graph serves several layers, so its sites cannot be told apart; compile the model as a whole, "
+                "without graph breaks inside its layers (fullgraph=True shows where they are)"
+            )
+        if graph not in self._built:
+            self._built[graph] = self.stage.build(copy_of(graph.gm), args)
+        return self._built[graph](*args)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Graphs called by this thread run in this session."""
+        before = getattr(_active, "session", None)
+        _active.session = self
+        try:
+            yield
+        finally:
+            _active.session = before
 
 
 def runnable(gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
@@ -296,7 +311,7 @@ class Runner:
     def __init__(self, model: nn.Module, data: Any, session: Session, progress: Progress) -> None:
         self.session, self._model, self._progress = session, model, progress
         self._data = data if callable(data) else _batches(data)
-        self._compiled = torch.compile(model._call_impl, backend=session.backend)
+        self._compiled = torch.compile(model._call_impl, backend=_capturing)
         self._names = _parameter_names(model)
 
     @property
@@ -315,7 +330,9 @@ class Runner:
             return output
 
         before = self._model._compiled_call_impl
-        with torch.set_grad_enabled(gradients):
+        # All models that share code (those of one library, perhaps) count against one limit, beyond which nothing is captured.
+        limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+        with torch.set_grad_enabled(gradients), self.session.active(), limits:
             try:
                 self._model._compiled_call_impl = call  # what Module.__call__ runs, as Module.compile() sets it
                 if callable(self._data):
@@ -379,7 +396,7 @@ def compared(output: Any, masks: Mapping[str, Tensor], most: int = 1 << 22) -> T
     if chosen is None:
         kind = type(output).__name__
         raise CalibrationError(f"the model returned {kind} without a tensor of floats, so nothing can be compared; return one")
-    mask = next((m for m in reversed(masks.values()) if m.shape == chosen.shape[:2] and chosen.ndim > 2), None)
+    mask = next((m for m in reversed(list(masks.values())) if m.shape == chosen.shape[:2] and chosen.ndim > 2), None)
     rows = tokens(chosen, mask, merge_heads=True)
     step = -(-rows.numel() // most) if most else 1
     return rows[::step].float()
@@ -396,7 +413,8 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
     """Run all stages and put together what they found."""
     from .searching import search  # it needs the stages above
 
-    session, notes = runner.session, {}
+    session = runner.session
+    notes: dict[str, str] = {}
     maps: Maps = {name: {need: {} for need in get(name).needs} for name in recipe.transforms if get(name).needs}
     for position, name in enumerate(recipe.transforms):
         if get(name).choose is None:

@@ -100,7 +100,7 @@ class ExaminingStage(Stage):
                 continue
             specs = site.activation, site.weight
             name = f"examined_{len(self.found)}_{node.name}"
-            gm.add_module(name, _Examined(self, site.path, specs, reads_decoder(node.args[0])))  # type: ignore[arg-type]  # a node
+            gm.add_module(name, _Examined(self, site.path, specs, reads_decoder(node.args[0])))
             with gm.graph.inserting_before(node):
                 examined = gm.graph.call_module(name, node.args)
             examined.meta["val"] = value(node)
@@ -127,7 +127,7 @@ def examine(model: nn.Module, data: Any, recipe: Recipe, plan: Plan | None, prog
     for path in progress(list(stage.found), "each site alone"):
         stage.active = path
         error = power = 0.0
-        for target, output in zip(wanted, runner.run("", parts=1), strict=False):
+        for output, target in zip(runner.run("", parts=1), wanted, strict=False):
             error += (compared(*output) - target).double().square().sum().item()
             power += target.double().square().sum().item()
         stage.found[path].sensitivity = (error / power) ** 0.5 if power else None

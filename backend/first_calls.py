@@ -24,8 +24,7 @@ class FirstCalls:
     def __init__(self, captured: fx.GraphModule, settings: Settings, finish: Callable[[Settings], Callable[..., Any]]) -> None:
         self._settings, self._finish = settings, finish
         self._session = Session(settings.recipe)
-        self._graph = Graph(self._session, canonicalize(copy_of(captured), Fuel()))
-        self._session.graphs.append(self._graph)
+        self._graph = Graph(canonicalize(copy_of(captured), Fuel()))
         inputs = self._graph.gm.graph.find_nodes(op="placeholder")
         self._data = [i for i, node in enumerate(inputs) if Parameter.of(node) is None]
         self._masks = {i: name for i in self._data for name in MASKS if name in str(inputs[i].meta.get("dynamo_name", ""))}
@@ -38,7 +37,7 @@ class FirstCalls:
         kept = {i: args[i].clone() if isinstance(args[i], Tensor) else args[i] for i in self._data}
         self._calls.append(tuple(kept.get(i, a) for i, a in enumerate(args)))
         with torch.no_grad():
-            result = self._graph(*args)
+            result = self._session.run(self._graph, args)
             if len(self._calls) >= self._settings.calibration_steps:
                 self._switch()
         return result
@@ -75,4 +74,4 @@ class _Replay(Runner):
         with torch.set_grad_enabled(gradients):
             for args in self._calls[:parts]:
                 self.session.masks = {name: args[i] for i, name in self._of.items() if args[i].ndim == 2}
-                yield self._graph(*args), self.session.masks
+                yield self.session.run(self._graph, args), self.session.masks

@@ -55,8 +55,8 @@ def search(runner: Runner, observed: ObservingStage, maps: Maps, progress: Progr
         ranges = ranges_at(ratio)
     _set(quantizers, ranges)
     if learned:
-        ranges, losses = _learn(runner, {key: quantizers[key] for key in learned}, wanted, ranges)
-        notes["losses of learning"] = losses
+        ranges, of_epochs = _learn(runner, {key: quantizers[key] for key in learned}, wanted, ranges)
+        notes["losses of learning"] = of_epochs
     return ranges, notes
 
 
@@ -68,7 +68,7 @@ def _set(quantizers: Mapping[str, Quantizer], ranges: Ranges) -> None:
 def _loss(runner: Runner, wanted: list[Tensor], title: str, parts: int | None = None) -> float:
     """The mean squared error of the outputs over the first ``parts`` batches (None: all)."""
     error, count = 0.0, 0
-    for target, output in zip(wanted, runner.run(title, parts), strict=False):
+    for output, target in zip(runner.run(title, parts), wanted, strict=False):  # the runner first: it cleans up at its end
         got = compared(*output)
         error += float((got - target).double().square().sum())
         count += target.numel()
@@ -110,11 +110,14 @@ def _learn(
         log_scale, *zero_point = quantizer.learn()
         groups += [{"params": [log_scale], "lr": RATE}, {"params": zero_point, "lr": RATE * quantizer.levels}]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(wanted))
     for epoch in range(EPOCHS):
-        for target, output in zip(wanted, runner.run(f"learning, epoch {epoch + 1}", gradients=True), strict=True):
-            optimizer.zero_grad()
-            (compared(*output) - target).square().mean().backward()
+        for output, target in zip(runner.run(f"learning, epoch {epoch + 1}", gradients=True), wanted, strict=True):
+            # Not backward(): the model's own gains and biases would be given gradients.
+            gradients = torch.autograd.grad((compared(*output) - target).square().mean(), parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             optimizer.step()
             schedule.step()
         losses.append(_loss(runner, wanted, "after the epoch"))

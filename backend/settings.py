@@ -41,8 +41,8 @@ class Settings:
                 raise RecipeError(f"option {key!r} is not known; {nearest(key, OPTIONS)}")
             refuse_tensors(f"option '{key}'", value)
         plan = _plan(given["plan"]) if given.get("plan") is not None else None
-        if plan is not None and given.get("recipe") is not None:
-            raise RecipeError("options hold a plan and a recipe; a plan has its recipe with it, leave the other out")
+        if plan is not None and (beside := [k for k in ("recipe", "transforms", "ranges") if given.get(k) is not None]):
+            raise RecipeError(f"options hold a plan and {beside[0]}, for which the plan was not made; leave {beside[0]} out")
         recipe = plan.recipe if plan is not None else _recipe(given.get("recipe", "W8A8"))
         if isinstance(given.get("ranges"), Mapping):
             given["ranges"] = [(site, *_pair(site, ends)) for site, ends in given["ranges"].items()]

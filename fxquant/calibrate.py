@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
-from .backend.calibration import Progress, Runner, Session, find_plan
+if TYPE_CHECKING:
+    from .backend.calibration import Progress
+
 from .errors import CalibrationError, RecipeError
 from .plan import Plan
 from .recipe import Recipe
@@ -41,15 +43,18 @@ def calibrate(
         recipe = Recipe.preset(recipe)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"the recipe is {recipe!r}; a preset name or a Recipe is needed")
+    from .backend.calibration import Runner, Session, find_plan  # here: it brings the kernels' languages, and fxquant must not
+
     session, shown = Session(recipe), bar(progress)
     return find_plan(Runner(model, data, session, shown), recipe, shown, seed)
 
 
-def bar(progress: bool) -> Progress:
+def bar(progress: bool) -> "Progress":
     """Goes through a list behind a bar in the terminal, if it is one and it takes longer than two seconds."""
 
     def through(items: Sequence[Any], title: str) -> Iterable[Any]:
         shown = progress and bool(title) and sys.stderr.isatty()
-        return tqdm(items, title, delay=2, leave=False, disable=not shown)
+        behind: Iterable[Any] = tqdm(items, title, delay=2, leave=False, disable=not shown)
+        return behind
 
     return through

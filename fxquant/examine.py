@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .backend.examine import Measurement, examine
 from .calibrate import bar
 from .page import Row
 from .report import Report, SiteReport, artifacts_of, report_on
+
+if TYPE_CHECKING:
+    from .backend.examine import Measurement
 
 
 def explain(
@@ -28,12 +30,14 @@ def explain(
     report = report_on(model)
     if data is None or not report.sites:
         return report
+    from .backend.examine import examine  # here, as in calibrate()
+
     artifact = artifacts_of(model)[-1]
     found = examine(model, data, artifact.recipe, artifact.plan, bar(progress))
     return replace(report, measured=tuple(_row(site, found.get(site.name)) for site in report.sites))
 
 
-def _row(site: SiteReport, found: Measurement | None) -> Row:
+def _row(site: SiteReport, found: "Measurement | None") -> Row:
     row = site.row()
     if found is None or site.op != "linear":
         return row

@@ -371,19 +371,23 @@ def _static(bits: int, range: Range) -> Spec:
     return Spec(IntAffine(bits, symmetric=False), PerTensor(), range)
 
 
-def _whole(weights: int, embeddings: int, activations: int, range: Range) -> dict[str, Spec]:
-    """Every operand of a transformer, as in Outlier Suppression's W-E-A: rows of tables and outputs have a scale each.
+def whole(name: str, widths: tuple[int, int, int], range: Range, *transforms: str) -> Recipe:
+    """Every operand of a transformer, in Outlier Suppression's W-E-A ``widths``; rows of tables and outputs have a scale each.
 
     The tails of probabilities are not those of tokens, so they are never clipped.
     """
-    return {
-        "weights": Spec(IntAffine(weights), PerChannel(0), MinMSE()),
-        "embeddings": Spec(IntAffine(embeddings), PerChannel(0)),
-        "activations": _static(activations, range),
-        "norms": _static(activations, range),
-        "attention": _static(activations, range),
-        "probabilities": _static(activations, AverageMinMax()),
-    }
+    weights, embeddings, activations = widths
+    rounded = _static(activations, range)
+    return Recipe(
+        name=name,
+        weights=Spec(IntAffine(weights), PerChannel(0), MinMSE()),
+        embeddings=Spec(IntAffine(embeddings), PerChannel(0)),
+        activations=rounded,
+        norms=rounded,
+        attention=rounded,
+        probabilities=_static(activations, AverageMinMax()),
+        transforms=transforms,
+    )
 
 
 # Relative error of the output under per-token 8 bits, as benchmarks/transforms.py prints it:
@@ -400,12 +404,12 @@ PRESETS: tuple[Recipe, ...] = (
     Recipe(name="W8A16", weights=_INT8_CHANNELS),
     Recipe(name="W4A16", weights=_UINT4_GROUPS),
     Recipe(name="W4A8", weights=_INT4_GROUPS, activations=_UINT8_TOKENS),
+    Recipe(name="QUAROT-W4A8", weights=_INT4_GROUPS, activations=_UINT8_TOKENS, transforms=("rotate",)),
     # The rest need data: fxquant.calibrate(model, batches, name).
     Recipe(name="SQ-W8A8", weights=_INT8_CHANNELS, activations=_static(8, AverageMinMax()), transforms=("smooth",)),
-    Recipe(name="OS-W6A6", **_whole(6, 6, 6, TokenWise(fine=True)), transforms=("migrate_gain",)),
-    Recipe(name="OS-W4A8", **_whole(4, 4, 8, TokenWise(fine=True)), transforms=("migrate_gain",)),
+    whole("OS-W6A6", (6, 6, 6), TokenWise(fine=True), "migrate_gain"),
+    whole("OS-W4A8", (4, 4, 8), TokenWise(fine=True), "migrate_gain"),
     Recipe(name="OSPLUS-W8A8", weights=_INT8_CHANNELS, activations=_static(8, AverageMinMax()), transforms=("shift_scale",)),
-    Recipe(name="OSPLUS-W6A6", **_whole(6, 6, 6, AverageMinMax()), transforms=("shift_scale",)),
+    whole("OSPLUS-W6A6", (6, 6, 6), AverageMinMax(), "shift_scale"),
     Recipe(name="AWQ-W4A16", weights=_UINT4_GROUPS, transforms=("awq",)),
-    Recipe(name="QUAROT-W4A8", weights=_INT4_GROUPS, activations=_UINT8_TOKENS, transforms=("rotate",)),
 )

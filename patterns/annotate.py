@@ -72,7 +72,7 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
 
     ``ranges`` gives the range of a static edge by its key. Without it static Specs stay open, for calibration to watch.
     """
-    sites: dict[fx.Node, Site] = {}
+    sites: dict[tuple[fx.Node, fx.Node], Site] = {}
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     folded = parameter_only(gm)
     for number, (node, weight, kind) in enumerate([*parameter_products(gm), *_look_ups(gm, folded)]):
@@ -87,21 +87,21 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
         site = _decide(site, node, weight, recipe)
         if not site.reason and not fuel.take(f"quantize {path}"):
             site = replace(site, reason="out of fuel")
-        sites[node] = site
-    edges = edges_of(gm, {n: (s.activation, s.names) for n, s in sites.items() if not s.reason and s.activation}, recipe)
+        sites[node, weight] = site
+    rounded_inputs = {node: (s.activation, s.names) for (node, _), s in sites.items() if not s.reason and s.activation}
+    edges = edges_of(gm, rounded_inputs, recipe)
     missing: list[Edge] = []
     if ranges is not None:
         edges, missing = settle(edges, recipe, ranges)
         without = {reader for edge in missing for reader in edge.readers}
         edges = [replace(edge, readers=kept) for edge in edges if (kept := tuple(r for r in edge.readers if r not in without))]
-        for node in without & set(sites):
-            sites[node] = replace(sites[node], reason=NO_RANGE)
+        sites = {key: replace(s, reason=NO_RANGE) if key[0] in without and not s.reason else s for key, s in sites.items()}
     spec_of = {reader: edge.spec for edge in edges if edge.role in ("input", "norm") for reader in edge.readers}
-    for node, site in sites.items():
+    for (node, weight), site in sites.items():
         if not site.reason:
             node.meta[SITE] = site.key
             site = replace(site, activation=spec_of.get(node, site.activation))
-            sites[node] = replace(site, noise=_noise(gm, operand(node, 0 if site.op == "embedding" else 1), site))
+            sites[node, weight] = replace(site, noise=_noise(gm, weight, site))
     return Annotation(tuple(sites.values()), tuple(edges), tuple(missing))
 
 

@@ -29,7 +29,8 @@ from .residual import residuals
 
 aten = torch.ops.aten
 
-Ends = tuple[float | tuple[float, ...], float | tuple[float, ...]]
+Ends = tuple[float | tuple[float, ...], ...]
+"""The low and the high end, numbers or one of each channel."""
 Ranges = Callable[[str], Ends | None]
 Products = Mapping[fx.Node, tuple[Spec, tuple[str, ...]]]
 """The sites whose input is rounded: by what, and what a rule may call them."""

@@ -1,7 +1,8 @@
 """The equivalence transforms by name, in the order in which they are listed; adding one is a file and a line here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -50,7 +51,7 @@ def get(name: str) -> Transform:
     raise RecipeError(f"there is no transform {name!r}; {nearest(name, [t.name for t in TRANSFORMS])}")
 
 
-def equalize(gm: fx.GraphModule, names: Sequence[str], fuel: Fuel, **arguments: dict[str, object]) -> list[Note]:
+def equalize(gm: fx.GraphModule, names: Sequence[str], fuel: Fuel, **arguments: Mapping[str, Any]) -> list[Note]:
     """Run the transforms named, in that order; ``arguments`` are given by transform: ``smooth={"statistics": ...}``.
 
     Raises RecipeError for a name that is not known, or a transform that lacks what it needs, before anything is changed.

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # `from strategies import ...`: pytest's importlib mode adds no paths
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # one each where workers share the machine
 
 for name, examples in {"fast": 25, "slow": 1000}.items():
     settings.register_profile(

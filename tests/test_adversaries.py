@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fxquant
 from fxquant.graph import fold
+from fxquant.graph.capture import Parameter, capture
 from fxquant.graph.fingerprint import fingerprint
 
 D = 32
@@ -70,6 +71,22 @@ def turned_view(m: Model, x: Tensor) -> Tensor:
     return m.b(x)
 
 
+def written_copy(m: Model, x: Tensor) -> Tensor:
+    y = x.clone()
+    x.mul_(2)
+    return m.a(y * torch.sigmoid(y))
+
+
+def a_vector(m: Model, x: Tensor) -> Tensor:
+    y = F.layer_norm(x, (D,), m.gain)
+    return m.a(y) + (y @ m.vector)[:, None]
+
+
+def a_table_of_integers(m: Model, x: Tensor) -> Tensor:
+    y = F.layer_norm(x, (D,), m.gain)
+    return m.a(y + m.table) + (y * (m.table > 2)).tanh() @ m.b.weight
+
+
 def attention(m: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, k, v)
 
@@ -79,6 +96,11 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[tuple[int, ...]
     "a sum with nothing is a copy": (plus_nothing, {}, ((4, D),)),
     "a view that does not say so": (silent_view, {}, ((4, D),)),
     "a view by einsum": (turned_view, {}, ((4, D),)),
+    "a copy whose source is written then": (written_copy, {}, ((4, D),)),
+    "a vector beside a matrix": (a_vector, {"gain": nn.Parameter(3 + random(D)), "vector": nn.Parameter(random(D))}, ((4, D),)),
+    "integers behind a norm": (
+        a_table_of_integers, {"gain": nn.Parameter(3 + random(D)), "table": nn.Buffer(torch.arange(D) % 5)}, ((4, D),),
+    ),
     "keys of one batch for all": (attention, {}, ((3, 4, 16, 8), (1, 4, 16, 8), (1, 4, 16, 8))),
     "keys of one head": (attention, {}, ((2, 4, 16, 8), (2, 1, 16, 8), (2, 4, 16, 8))),
     "queries of one batch": (attention, {}, ((1, 4, 16, 8), (3, 4, 16, 8), (3, 4, 16, 8))),
@@ -145,6 +167,77 @@ def test_what_the_graph_returns_is_the_users_to_write_to() -> None:
     y = torch.zeros(2, D) + 1
     compiled(Model(lambda m, x: x * 1))(y).zero_()
     assert bool((y == 1).all())
+
+
+RETURNED: dict[str, Callable[[Model, Tensor], tuple[Tensor, ...]]] = {
+    "a product by one": lambda m, x: (x * 1,),
+    "of a view": lambda m, x: (x.view(-1) * 1,),
+    "a part of one": lambda m, x: ((x * 1).chunk(2)[0],),
+    "a part of a sum with nothing": lambda m, x: ((x[1:] + 0)[:2],),
+    "a view that does not say so": lambda m, x: (torch.atleast_3d(x * 1),),
+    "turned by einsum": lambda m, x: (torch.einsum("ij->ji", x * 1),),
+    "of a weight": lambda m, x: (m.a.weight.t() * 1, m.a(x)),
+    "beside its source": lambda m, x: ((y := torch.relu(x)), y * 1),
+    "viewed beside its source": lambda m, x: ((y := torch.relu(x))[0], (y * 1).view(-1)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_is_returned_shares_no_memory_that_it_did_not_share_in_the_model(name: str) -> None:
+    model, x = Model(RETURNED[name]), random(4, D)
+    weight, others = model.a.weight.detach().clone(), model(x)[1:]
+    first, *rest = compiled(model)(x)
+    first.zero_()
+    assert torch.equal(x, random(4, D)) and torch.equal(model.a.weight, weight)
+    assert all(error(a, b) < 0.03 for a, b in zip(rest, others, strict=True))
+
+
+@torch.no_grad()
+def test_a_graph_of_sizes_alone_is_no_fault() -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        n = x.shape[0] * 2
+        torch._dynamo.graph_break()
+        times = n * 3 + 1
+        torch._dynamo.graph_break()
+        return m.a(x) * times
+
+    model = Model(forward)
+    torch._dynamo.reset()
+    run = torch.compile(model.eval(), backend="outlierq", dynamic=True, options={"inductor": False})
+    assert all(error(run(random(n, D)), model(random(n, D))) < 0.03 for n in (3, 5))
+
+
+def test_modules_that_a_function_or_a_list_holds_have_names_of_their_own() -> None:
+    model = Model(lambda m, x: m.b(m.plain[1](m.plain[0](x))))
+    model.plain = [nn.Linear(D, D), nn.Linear(D, D)]
+    first, second, paths = nn.Linear(D, D), nn.Linear(D, D), []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        placeholders = capture(gm).graph.find_nodes(op="placeholder")
+        paths.append([p.path for n in placeholders if (p := Parameter.of(n)) and p.path.endswith("weight")])
+        return gm.forward
+
+    for run in (model, lambda x: first(x) + second(x)):
+        torch._dynamo.reset()
+        torch.compile(run, backend=backend)(random(4, D))
+    assert sorted(paths[0]) == ["b.weight", "plain.0.weight", "plain.1.weight"]
+    assert paths[1] == ["first.weight", "second.weight"]
+
+
+TRAINING: dict[str, Callable[[Model, Tensor], Tensor]] = {
+    "dropout": lambda m, x: F.dropout(m.a(x), 0.1, True),
+    "feature_dropout": lambda m, x: F.dropout2d(m.a(x)[None], 0.1, True),
+    "alpha_dropout": lambda m, x: F.alpha_dropout(m.a(x), 0.1, True),
+    "feature_alpha_dropout": lambda m, x: F.feature_alpha_dropout(m.a(x), 0.1, True),
+    "scaled_dot_product_attention": lambda m, x: sdpa(*[m.a(x)[None]] * 3, dropout_p=0.1),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_dropout_that_drops_is_refused_by_its_name(name: str) -> None:
+    with torch.no_grad(), pytest.raises(Exception, match=rf"{name}.* in training mode.*call model.eval\(\) first"):
+        compiled(Model(TRAINING[name]))(random(4, D))
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def test_rows_that_change_places_are_seen(dtype, seed, other):
     assert fingerprint(bits(x)[order].view(dtype)) != fingerprint(x)
 
 
-@pytest.mark.parametrize("count", [WIDTH - 1, WIDTH, WIDTH + 1, WIDTH * CHUNK, WIDTH * CHUNK + WIDTH + 1, WIDTH * (WIDTH // CHUNK)])
+@pytest.mark.parametrize("count", [WIDTH - 1, WIDTH, WIDTH + 1, WIDTH * CHUNK, WIDTH * CHUNK + WIDTH + 1])
 def test_every_word_counts_however_many_there_are(count):
     x = torch.zeros(count, dtype=torch.int64)
     whole = fingerprint(x)

