@@ -1,6 +1,7 @@
 """Every kind of transformer compiles, is quantized or says why not, and keeps its output to 25 dB."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,12 +15,19 @@ FAST = ("bert", "gpt2", "llama", "vit")
 # The share that is quantized at least, where it is not all: in some products a weight comes first, or is no operand of two.
 PARTLY = {"wav2vec2-bert": 0.89, "siglip-vision": 0.99, "siglip": 0.99, "pegasus-x": 0.99, "xlnet": 0.90}
 LEFT = "is quantized only where its operands are an activation and then a weight"
-# Below 25 dB: attention by the cosine of queries and keys times up to 100 enlarges what rounding does to them.
-DECIBEL = {"swin-v2": 20}
+# What is known to fall short, and must be taken from here once it does not.
+SHORT = {"swin-v2": "23 dB: attention by the cosine of queries and keys times up to 100 enlarges what rounding does to them"}
 
 
 def rows() -> list[object]:
-    return [pytest.param(a, id=a.name, marks=() if a.name in FAST else pytest.mark.slow) for a in ZOO]
+    return [pytest.param(a, id=a.name, marks=list(_marks(a.name))) for a in ZOO]
+
+
+def _marks(name: str) -> Iterator[pytest.MarkDecorator]:
+    if name not in FAST:
+        yield pytest.mark.slow
+    if name in SHORT:
+        yield pytest.mark.xfail(reason=SHORT[name], strict=True)
 
 
 def decibel(wanted: torch.Tensor, got: torch.Tensor) -> float:
@@ -38,7 +46,7 @@ def test_it_is_quantized_or_says_why_and_stays_close(architecture: Architecture)
     report = fxquant.explain(model)
 
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
-    assert decibel(wanted, got) >= DECIBEL.get(architecture.name, 25)
+    assert decibel(wanted, got) >= 25
     assert math.isfinite(decibel(wanted, got))  # what is quantized is rounded
     assert [site.name for site in report.sites if site.status != "quantized" and not site.reason] == []
     skipped = {site.name: site.reason for site in report.sites if site.counted and site.status != "quantized"}
