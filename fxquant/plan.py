@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import PlanError, RecipeError
@@ -130,12 +130,13 @@ class Plan:
         name = os.fspath(path)
         if not os.path.isfile(name):
             raise PlanError(f"there is no plan at {name!r}: {'it is no file' if os.path.exists(name) else 'nothing is there'}")
+        # Read once: safe_open opens a file a second time for the numbers, and by then a saver may have put another there.
+        data = Path(name).read_bytes()
         try:
-            with safe_open(name, framework="pt", device="cpu") as file:
-                header = _read_header(name, file.metadata())
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it has no other way in
+            tensors = safetensors.torch.load(data)
         except SafetensorError as error:
-            raise PlanError(f"{name!r} {_damage(name)} ({error})") from None
+            raise PlanError(f"{name!r} {_damage(data)} ({error})") from None
+        header = _read_header(name, data)
         for key, tensor in tensors.items():
             if tensor.dtype is not torch.float32:
                 raise PlanError(f"{name!r}: the tensor {key!r} is {_name(tensor.dtype)}, a plan holds float32")
@@ -266,10 +267,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _read_header(path: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    if HEADER not in (metadata or {}):
+def _read_header(path: str, data: bytes) -> dict[str, Any]:
+    length = int.from_bytes(data[:8], "little")  # of the JSON that follows: how every safetensors file begins
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    if HEADER not in metadata:
         raise PlanError(f"{path!r} is a safetensors file without the metadata of a plan; give a file that Plan.save wrote")
-    assert metadata is not None
     try:
         header = json.loads(metadata[HEADER])
     except ValueError as error:
@@ -284,12 +286,10 @@ def _read_header(path: str, metadata: Mapping[str, str] | None) -> dict[str, Any
     return header  # type: ignore[no-any-return]  # a dict by now
 
 
-def _damage(path: str) -> str:
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":  # eight bytes of length, then JSON: how every safetensors file begins
-        return f"is damaged or cut short at {os.path.getsize(path)} bytes; copy it once more, or calibrate again"
-    return f"is not a safetensors file ({os.path.getsize(path)} bytes); give a file that Plan.save wrote"
+def _damage(data: bytes) -> str:
+    if data[8:9] == b"{":  # behind the length of the JSON
+        return f"is damaged or cut short at {len(data)} bytes; copy it once more, or calibrate again"
+    return f"is not a safetensors file ({len(data)} bytes); give a file that Plan.save wrote"
 
 
 # Against a model
