@@ -1,0 +1,320 @@
+"""Who runs a transformer fastest on this CPU? ours against Inductor, torchao, ONNX Runtime and OpenVINO, in turn, in one run.
+
+    python benchmarks/cpu.py                                    # everything; the peers are those of peers-requirements.txt
+    python benchmarks/cpu.py --section encoder --case "MiniLM 32x128"
+    python benchmarks/cpu.py --section linear --rounds 30
+
+A side that cannot run here, or is not installed, is listed with the reason. Every case goes into build/benchmarks/cpu.json as
+soon as it is measured. Errors are relative, of the output, against float32.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measure import ROOT, Time, heading, in_turn, shared_assets, table, write
+from minilm import encoder, reviews, tokenize
+from torch import Tensor, nn
+
+import fxquant
+
+Batch = dict[str, Tensor]
+Call = Callable[[], Tensor]
+
+
+class Output(nn.Module):
+    """One tensor instead of an output object: what exporters like best, and what errors are measured on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        out = self.model(**batch)
+        found: Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
+        return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one batch; ``recipes`` of ours run on it, ``static`` peers see the batch itself as calibration data."""
+
+    section: str
+    name: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[], Batch]
+    recipes: tuple[str, ...] = ("W8A8",)
+
+
+# ---- cases --------------------------------------------------------------------------------------------------------------
+def _text(model: nn.Module, size: int, length: int) -> Batch:
+    _, tokenizer = encoder()
+    batch = tokenize(tokenizer, reviews(size), length)
+    return {name: column % model.config.vocab_size for name, column in batch.items()}
+
+
+def _random(config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = transformers.AutoModel.from_config(config).eval()
+    return model
+
+
+def bert_base() -> nn.Module:
+    """The shape of BERT-base with random weights."""
+    return _random(transformers.BertConfig())
+
+
+def vit_base() -> nn.Module:
+    """The shape of ViT-Base/16-224 with random weights."""
+    return _random(transformers.ViTConfig())
+
+
+def vit_tiny() -> nn.Module:
+    assets = shared_assets()
+    if assets is None:
+        raise SystemExit("ViT-Tiny is read from ../shared/assets, which is not there (or set FXQUANT_ASSETS)")
+    model: nn.Module = assets.vit_tiny()
+    return model
+
+
+def _pixels(size: int) -> Batch:
+    return {"pixel_values": torch.randn(size, 3, 224, 224, generator=torch.Generator().manual_seed(0))}
+
+
+class Square(nn.Module):
+    """One linear layer of 4096 x 4096, of as many copies as the caches cannot hold: a call takes the next one."""
+
+    def __init__(self, width: int = 4096, copies: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(copies))
+
+    def forward(self, x: Tensor) -> Any:
+        y = x
+        for layer in self.layers:
+            y = layer(y)
+        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=y)
+
+
+def _rows(count: int, width: int = 4096) -> Batch:
+    return {"x": torch.randn(count, width, generator=torch.Generator().manual_seed(0))}
+
+
+def cases() -> Iterator[Case]:
+    """Everything that can be measured, in order."""
+    for name, model in (("MiniLM", lambda: encoder()[0]), ("BERT-base", bert_base)):
+        for size in (1, 32):
+            for length in (32, 128, 384):
+                batch = partial(lambda model, size, length: _text(model(), size, length), model, size, length)
+                yield Case("encoder", f"{name} {size}x{length}", model, batch)
+    for name, model in (("ViT-tiny", vit_tiny), ("ViT-base", vit_base)):
+        for size in (1, 16):
+            yield Case("vision", f"{name} {size}", model, partial(_pixels, size))
+    weights = ("W8A8", "W8A16", "W4A8", "W4A16")
+    # six layers of 64 MiB: none is in a cache when its turn comes
+    yield Case("linear", "6 of 4096x4096, M=1, cold", partial(Square, copies=6), partial(_rows, 1), weights)
+    yield Case("linear", "6 of 4096x4096, M=16, cold", partial(Square, copies=6), partial(_rows, 16), weights)
+    for rows in (128, 512, 2048):
+        yield Case("linear", f"4096x4096, M={rows}", Square, partial(_rows, rows), ("W8A8", "W4A8"))
+
+
+# ---- sides: (model, batch) -> a call that returns the output ------------------------------------------------------------
+Make = Callable[[nn.Module, Batch], Call]
+
+
+def ours(model: nn.Module, batch: Batch, recipe: str) -> Call:
+    model.compile(backend="outlierq", options={"recipe": recipe})
+    return _checked(model, batch)
+
+
+def _checked(model: nn.Module, batch: Batch) -> Call:
+    """The first call compiles; then believe nothing but the report."""
+    call = partial(Output(model), **batch)
+    with torch.no_grad():
+        call()
+    coverage = fxquant.explain(model).coverage
+    if coverage < 1:
+        raise RuntimeError(f"only {coverage:.3f} of the weights are quantized")
+    return call
+
+
+def inductor(model: nn.Module, batch: Batch, dtype: torch.dtype) -> Call:
+    """Frozen weights: packed once, as ours are."""
+    model = Output(model.to(dtype))
+    given = {n: c.to(dtype) if c.is_floating_point() else c for n, c in batch.items()}
+    return partial(torch.compile(model, options={"freezing": True}), **given)
+
+
+def torchao_dynamic(model: nn.Module, batch: Batch) -> Call:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    return partial(torch.compile(Output(model), options={"freezing": True}), **batch)
+
+
+def torchao_static(model: nn.Module, batch: Batch) -> Call:
+    """torch.export with X86InductorQuantizer, the batch itself as calibration data."""
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    program = torch.export.export(Output(model), (), dict(batch), strict=False)
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
+    with torch.no_grad():
+        prepared(**batch)
+    return partial(torch.compile(convert_pt2e(prepared), options={"freezing": True}), **batch)
+
+
+def _onnx(model: nn.Module, batch: Batch, folder: str) -> str:
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    raw, path = f"{folder}/raw.onnx", f"{folder}/model.onnx"
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(Output(model), (), raw, kwargs=dict(batch), dynamo=True, external_data=False)
+    quant_pre_process(raw, path, skip_symbolic_shape=True)
+    return path
+
+
+def onnxruntime(model: nn.Module, batch: Batch, quantized: bool) -> Call:
+    import onnx
+    import onnxruntime as ort
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = _onnx(model, batch, folder)
+        if quantized:
+            found = onnx.load(path)
+            del found.graph.value_info[:]  # the shapes of before weights were folded trip the quantizer
+            onnx.save(found, path)
+            quantize_dynamic(path, path := f"{folder}/int8.onnx", per_channel=True, weight_type=QuantType.QInt8)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = {port.name: batch[port.name].numpy() for port in session.get_inputs()}
+    return lambda: torch.from_numpy(session.run(None, given)[0])
+
+
+def openvino(model: nn.Module, batch: Batch, precision: str) -> Call:
+    """``precision``: "f32", "bf16", or "int8": quantized by NNCF, the batch itself as calibration data."""
+    import openvino as ov
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = ov.convert_model(_onnx(model, batch, folder))
+    names = {name for port in found.inputs for name in port.names}
+    given = {name: column.numpy() for name, column in batch.items() if name in names}
+    if precision == "int8":
+        import nncf
+
+        found = nncf.quantize(found, nncf.Dataset([given]), model_type=nncf.ModelType.TRANSFORMER, subset_size=1)
+    config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    if precision != "int8":  # there it chooses what is fastest for the rest
+        config["INFERENCE_PRECISION_HINT"] = precision
+    compiled = ov.compile_model(found, "CPU", config)
+    return lambda: torch.from_numpy(compiled(given)[0].copy())
+
+
+PEERS: Mapping[str, Make] = {
+    "Inductor fp32": partial(inductor, dtype=torch.float32),
+    "Inductor bf16": partial(inductor, dtype=torch.bfloat16),
+    "torchao int8 dynamic": torchao_dynamic,
+    "torchao int8 static": torchao_static,
+    "ONNX Runtime fp32": partial(onnxruntime, quantized=False),
+    "ONNX Runtime int8 dynamic": partial(onnxruntime, quantized=True),
+    "OpenVINO bf16": partial(openvino, precision="bf16"),
+    "OpenVINO int8": partial(openvino, precision="int8"),
+}
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Result:
+    """One side of one case: its time and error, or why there are none."""
+
+    time: Time | None
+    error: float | None
+    reason: str = ""
+
+
+def measure(case: Case, peers: Mapping[str, Make], rounds: int) -> dict[str, Result]:
+    """All sides of a case, in turn."""
+    torch._dynamo.reset()
+    model, batch = case.model(), case.batch()
+    with torch.no_grad():
+        wanted = Output(model)(**batch).float()
+    makers: dict[str, Make] = {f"outlierq {recipe}": partial(ours, recipe=recipe) for recipe in case.recipes} | dict(peers)
+    calls: dict[str, Call] = {}
+    results: dict[str, Result] = {}
+    for name, make in makers.items():
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                call = make(copy.deepcopy(model), batch)
+                got = call().float()
+            calls[name] = call
+            results[name] = Result(None, float((got - wanted).norm() / wanted.norm()))
+        except Exception as error:  # a peer that cannot do it is a result, too
+            said = str(error).strip().splitlines() or [""]
+            results[name] = Result(None, None, f"{type(error).__name__}: {said[0]}"[:200])
+    for name, taken in in_turn(calls, rounds, case.name).items():
+        results[name] = Result(taken, results[name].error)
+    return results
+
+
+def keep(case: Case, results: Mapping[str, Result], path: Path) -> None:
+    """Add a case to the file; what is there of others stays."""
+    known = json.loads(path.read_text())["results"] if path.exists() else {}
+    row = {name: {"seconds": r.time, "error": r.error, "reason": r.reason} for name, r in results.items()}
+    with contextlib.redirect_stdout(io.StringIO()):
+        write("cpu", known | {f"{case.section}: {case.name}": row}, path)
+
+
+def text(case: Case, results: Mapping[str, Result]) -> str:
+    """A table: each side's time, how many times as long as our first recipe it takes, and its error."""
+    first = next(iter(results.values())).time
+    rows: list[tuple[object, ...]] = [("side", "median (fastest to slowest)", "ours is faster by", "relative error")]
+    for name, result in results.items():
+        if result.time is None:
+            rows.append((name, "-", "", result.reason))
+        else:
+            ratio = f"{result.time.median / first.median:.2f}x" if first else "-"
+            rows.append((name, result.time, ratio, f"{result.error:.4f}"))
+    return f"{case.section}: {case.name}\n\n{table(rows)}\n"
+
+
+def main() -> None:
+    known = list(cases())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--section", action="append", choices=sorted({c.section for c in known}), help="default: all")
+    parser.add_argument("--case", action="append", choices=[c.name for c in known], help="default: all")
+    parser.add_argument("--peer", action="append", choices=[*PEERS, "none"], help="default: all")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, default=ROOT / "build" / "benchmarks" / "cpu.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    peers = {name: make for name, make in PEERS.items() if name in (args.peer or PEERS)}
+    print(heading() + "\n")
+    for case in known:
+        if case.section not in (args.section or [case.section]) or case.name not in (args.case or [case.name]):
+            continue
+        results = measure(case, peers, args.rounds)
+        keep(case, results, args.json)
+        print(text(case, results), flush=True)
+
+
+if __name__ == "__main__":
+    main()
