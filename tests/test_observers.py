@@ -358,6 +358,13 @@ def test_the_whole_percentile_is_min_max(data):
     assert found(Percentile(1), data, PerTensor()) == found(MinMax(), data, PerTensor())
 
 
+@given(st.floats(1e-3, 1.0), st.floats(1e8, 1e30))
+def test_a_percentile_of_what_one_value_drowns_stays_within_the_extremes(small, large):
+    """So much smaller than the largest that the histogram takes it for zero, which is below all of the data."""
+    lo, hi = found(Percentile(0.9), [torch.tensor([[large]]), torch.full((10, 1), small)], PerTensor())
+    assert torch.tensor(small) <= lo <= hi
+
+
 # Least squared error
 
 

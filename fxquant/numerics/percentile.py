@@ -47,7 +47,8 @@ class Percentile(Observer):
         not_below = seen.counts.flip(1).cumsum(dim=1).flip(1)
         hi = seen.right.gather(1, (not_above < rank).sum(dim=1, keepdim=True))[:, 0]
         lo = seen.left.gather(1, (not_below >= rank).sum(dim=1, keepdim=True) - 1)[:, 0]
-        return as_range(torch.maximum(lo, state.lo), torch.minimum(hi, state.hi), granularity)
+        # both by both: what is too small for the histogram counts as zero, which may lie beyond an extreme
+        return as_range(lo.clamp(state.lo, state.hi), hi.clamp(state.lo, state.hi), granularity)
 
     def of(self, blocks: Tensor, granularity: Granularity, quantized: RoundTrip) -> tuple[Tensor, Tensor]:
         lo, hi = extremes_of(blocks, granularity)
