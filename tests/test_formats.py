@@ -58,7 +58,7 @@ def test_the_error_is_at_most_half_a_step(case):
     error = (blocks_of(granularity, x) - blocks_of(granularity, quantized(form, granularity, x, qparams))).abs()
     # six roundings of eps / 2, three in the scale, 1 / scale, x * that, code * scale: each moves a number of up to L steps
     slack = 3 * form.qmax * torch.finfo(qparams.scale.dtype).eps
-    # One bit of the whole range would need a wider step than there is; two symmetric ones need just the widest, and lose nothing.
+    # One bit of the whole range would need a wider step than there is; two symmetric ones need just the widest.
     capped = (qparams.scale == torch.finfo(qparams.scale.dtype).max) & (form.bits == 1)
     assert (error <= qparams.scale.double() * (0.5 + slack + 0.5 * capped.double())).all()
 
