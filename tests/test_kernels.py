@@ -145,7 +145,7 @@ def test_the_integer_part_is_exact_and_the_epilogue_close(m: int, k: int, n: int
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
     codes = torch.randint(0, 256, (m, k), generator=generator, dtype=torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, -k % 4))
+    codes = torch.nn.functional.pad(codes, (0, -k % ops.DEPTH))
     zero = torch.randint(0, 256, (m, 1), generator=generator, dtype=torch.int32)
     ones, sums = torch.ones(n), weight.sum(1, dtype=torch.int32)
     args = (codes, torch.ones(m, 1), zero, ops.pack_panels(weight), ones, sums, None, n)

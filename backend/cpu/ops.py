@@ -11,9 +11,11 @@ from fxquant.errors import FxquantError
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerToken
 
+from . import build
 from .build import library
 
 PANEL = 64  # outputs per panel of packed weights
+DEPTH = 64  # inputs are padded to a multiple of it: the depth of an AMX tile
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
 
@@ -27,10 +29,10 @@ _library.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask,
 
 
 def pack_panels(codes: Tensor) -> Tensor:
-    """Weight codes int8 [N, K] as panels [ceil(N/64), ceil(K/4), 64, 4], zeros where there is nothing; pure PyTorch."""
+    """Weight codes int8 [N, K] as panels [ceil(N/64), K/4, 64, 4], K padded to 64; zeros where there is nothing; pure PyTorch."""
     n, k = codes.shape
-    codes = pad(codes, (0, -k % 4, 0, -n % PANEL))
-    return codes.view(-(n // -PANEL), PANEL, -(k // -4), 4).permute(0, 2, 1, 3).contiguous()
+    codes = pad(codes, (0, -k % DEPTH, 0, -n % PANEL))
+    return codes.view(-(n // -PANEL), PANEL, -1, 4).permute(0, 2, 1, 3).contiguous()
 
 
 def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
@@ -39,7 +41,7 @@ def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
 
 
 def quantize_rows_reference(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """[..., K] -> codes uint8 [..., K padded to 4], scale float32 [..., 1], zero point int32 [..., 1].
+    """[..., K] -> codes uint8 [..., K padded to 64], scale float32 [..., 1], zero point int32 [..., 1].
 
     Symmetric codes are shifted by 128.
     """
@@ -52,7 +54,7 @@ def quantize_rows_reference(x: Tensor, bits: int, symmetric: bool) -> tuple[Tens
     else:
         assert qparams.zero_point is not None
         zero_point = qparams.zero_point
-    return pad(codes, (0, -x.shape[-1] % 4)), qparams.scale, zero_point
+    return pad(codes, (0, -x.shape[-1] % DEPTH)), qparams.scale, zero_point
 
 
 def linear_reference(
@@ -67,7 +69,7 @@ def linear_reference(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``act((q_x q_w - z_x sum(q_w)) s_x s_w + b)``: codes [..., K4] -> [..., N] in ``dtype``. Exact up to the last line."""
+    """``act((q_x q_w - z_x sum(q_w)) s_x s_w + b)``: codes [..., K] -> [..., N] in ``dtype``. Exact up to the last line."""
     w = unpack_panels(weight, out_features, codes.shape[-1])
     exact = (codes.to(torch.float64) @ w.t().to(torch.float64)).to(torch.int64) - zero_point.to(torch.int64) * sums
     y = exact.to(torch.float32) * scale * weight_scale
@@ -91,7 +93,7 @@ def _quantize_rows(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tenso
         return quantize_rows_reference(x, bits, symmetric)
     x = x.contiguous()
     inner = x.shape[-1]
-    stride = inner + -inner % 4
+    stride = inner + -inner % DEPTH
     lead = x.shape[:-1]
     codes = x.new_empty((*lead, stride), dtype=torch.uint8)
     scale = x.new_empty((*lead, 1), dtype=torch.float32)
@@ -115,7 +117,9 @@ def _linear(
     out_features: int,
     activation: str,
     dtype: torch.dtype,
+    isa: str = "",
 ) -> Tensor:
+    """``isa``: "amx" or "vnni", the best there is if empty."""
     codes, scale, zero_point = codes.contiguous(), scale.contiguous(), zero_point.contiguous()
     weight, weight_scale, sums = weight.contiguous(), weight_scale.contiguous(), sums.contiguous()
     bias = bias.contiguous() if bias is not None else None
@@ -123,19 +127,18 @@ def _linear(
     rows = codes.numel() // inner
     panels = (-(out_features // -PANEL), inner // 4, PANEL, 4)
     per_output = [t.numel() for t in (weight_scale, sums, bias) if t is not None]
-    if inner % 4 or weight.shape != panels or set(per_output) != {out_features} or scale.numel() not in (1, rows):
+    if inner % DEPTH or weight.shape != panels or set(per_output) != {out_features} or scale.numel() not in (1, rows):
         raise FxquantError(
             f"a product of codes {list(codes.shape)} and panels {list(weight.shape)} to {out_features} outputs, of which "
             f"{per_output} have scale, sum (and bias), and {scale.numel()} rows a scale: the sizes do not agree"
         )
     out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
     library().linear(
-        _address(codes), ctypes.c_int64(inner),
-        _address(scale), _address(zero_point), ctypes.c_int64(int(scale.numel() == rows)),
+        _address(codes), _address(scale), _address(zero_point), ctypes.c_int64(int(scale.numel() == rows)),
         _address(weight), _address(weight_scale), _address(sums),
         _address(bias), _DTYPES[bias.dtype] if bias is not None else 0,
         _address(out), _DTYPES[dtype], ACTIVATIONS.index(activation),
-        ctypes.c_int64(rows), ctypes.c_int64(out_features), ctypes.c_int64(inner // 4), torch.get_num_threads(),
+        ctypes.c_int64(rows), ctypes.c_int64(out_features), ctypes.c_int64(inner), int((isa or build.isa()) == "amx"), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -183,7 +186,7 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 
 def _fake_quantize_rows(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     lead, inner = x.shape[:-1], x.shape[-1]
-    codes = x.new_empty((*lead, inner + -inner % 4), dtype=torch.uint8)
+    codes = x.new_empty((*lead, inner + -inner % DEPTH), dtype=torch.uint8)
     return codes, x.new_empty((*lead, 1), dtype=torch.float32), x.new_empty((*lead, 1), dtype=torch.int32)
 
 
