@@ -7,10 +7,11 @@
 // Rows are cut into bands for the threads; a band's product runs on AMX (int8_amx.cpp) or here, on AVX512-VNNI.
 
 #include "linear.h"
+#include "rows.h"
 
 namespace {
 
-constexpr int ROWS = 6, FEWEST_ROWS_OF_AMX = 16;
+constexpr int ROWS = 6, FEWEST_ROWS_OF_AMX = 16, RESULT = 512 * 1024;  // bytes of a result that stay in the cache
 
 // MR rows times one panel of 64 outputs.
 template <int MR, int ACTIVATION>
@@ -70,52 +71,14 @@ void vnni_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t
 
 extern "C" {
 
-// One row of codes, a scale and a zero point per token (numerics/affine.py has the contract, to the last bit).
-void quantize_rows(const char* x, int dtype, int64_t M, int64_t K, uint8_t* codes, int64_t stride, float* scale, int32_t* zero,
-                   int largest, int symmetric, int threads) {
-  const int size = element_size(dtype);
-#pragma omp parallel for schedule(static) num_threads(threads) if (M * K > 16384)
-  for (int64_t m = 0; m < M; m++) {
-    const char* row = x + m * K * size;
-    __m512 lows = _mm512_setzero_ps(), highs = _mm512_setzero_ps();  // the range holds zero
-    __mmask16 bad = 0;
-    for (int64_t k = 0; k < K; k += LANES) {
-      __m512 v = load(row + k * size, dtype, tail(K - k));
-      bad |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-      lows = _mm512_min_ps(lows, v);
-      highs = _mm512_max_ps(highs, v);
-    }
-    const float lo = _mm512_reduce_min_ps(lows), hi = _mm512_reduce_max_ps(highs);
-    const float extent = -lo > hi ? -lo : hi;
-    float s = symmetric ? extent * (float)(1.0 / largest) : (hi / 2 - lo / 2) * (float)(2.0 / largest);
-    s = s < FLT_MIN ? FLT_MIN : s > FLT_MAX ? FLT_MAX : s;
-    if (extent == 0) s = 1;
-    if (bad || !isfinite(extent)) s = NAN;
-    const float inverse = 1.0f / s;
-    float z = symmetric ? 128 : nearbyintf(-lo * inverse);
-    if (!symmetric) z = z < 0 ? 0 : z > largest ? (float)largest : z;
-    scale[m] = s;
-    zero[m] = symmetric ? 128 : isnan(s) ? 0 : (int32_t)z;
-    const __m512 by = _mm512_set1_ps(inverse), shift = _mm512_set1_ps((float)zero[m]);
-    const __m512 least = _mm512_set1_ps(symmetric ? (float)(128 - largest) : 0.0f);
-    const __m512 most = _mm512_set1_ps(symmetric ? (float)(128 + largest) : (float)largest);
-    uint8_t* out = codes + m * stride;
-    for (int64_t k = 0; k < stride; k += LANES) {
-      __m512 v = k < K ? load(row + k * size, dtype, tail(K - k)) : _mm512_setzero_ps();
-      __m512 q = _mm512_roundscale_ps(_mm512_mul_ps(v, by), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      q = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(q, shift), least), most);
-      __m128i bytes = _mm_maskz_mov_epi8(k < K ? tail(K - k) : 0, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(q)));
-      _mm_mask_storeu_epi8(out + k, tail(stride - k), bytes);
-    }
-  }
-}
-
 // `amx` asks for tiles, which pay from FEWEST_ROWS_OF_AMX rows; the weights are packed alike, and the results are the same.
-void linear(const uint8_t* codes, const float* scale, const int32_t* zero, int64_t per_row, const int8_t* weight,
-            const float* weight_scale, const int32_t* sums, const char* bias, int bias_dtype, char* out, int dtype, int activation,
-            int64_t M, int64_t N, int64_t K, int amx, int threads) {
-  if (M == 0) return;
-  const Linear a = {codes, scale, zero, per_row, weight, weight_scale, sums, bias, bias_dtype, out, dtype, activation, M, N, K};
+// With `rows`, what is written is what they say of each row of the result, and the result itself stays in the cache.
+// Returns 0, or 1 if there was no memory.
+int linear(const uint8_t* codes, const float* scale, const int32_t* zero, int64_t per_row, const int8_t* weight,
+           const float* weight_scale, const int32_t* sums, const char* bias, int bias_dtype, char* out, int dtype, int activation,
+           int64_t M, int64_t N, int64_t K, const Rows* rows, int amx, int threads) {
+  if (M == 0) return 0;
+  const Linear a = {codes, scale, zero, per_row, weight, weight_scale, sums, bias, bias_dtype, out, N, dtype, activation, M, N, K};
   auto band = vnni_band;
   int64_t step = ROWS, tallest = 8 * ROWS, flat = 4 * ROWS;
 #ifdef WITH_AMX
@@ -124,18 +87,56 @@ void linear(const uint8_t* codes, const float* scale, const int32_t* zero, int64
     step = 32, tallest = 128, flat = 31;
   }
 #endif
-  const int64_t panels = (N + PANEL - 1) / PANEL;
+  const int64_t panels = (N + PANEL - 1) / PANEL, size = element_size(dtype), padded = (N + 31) / 32 * 32 + 32;
   // Tall products are cut along M, so that a block of activations stays near; flat ones along N, so that each weight is read once.
   int64_t height = tallest, wide = panels;
   while (height > step && (M + height - 1) / height < 2 * threads) height = (height / 2 + step - 1) / step * step;
   if (M <= flat) height = M, wide = (panels + threads - 1) / threads;
+  const bool parallel = M * N * K > 32768;
+  int failed = 0;
+  if (rows && M > flat) {  // bands that stay in the cache, each finished where it was computed
+    while (height > step && height * N * size > RESULT) height -= step;
+    if ((M + height - 1) / height >= threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parallel) reduction(| : failed)
+      for (int64_t m = 0; m < M; m += height) {
+        thread_local Space space;
+        const int64_t count = m + height < M ? height : M - m;
+        char* memory = space.take(height * padded * size + padded * sizeof(float));
+        if (!memory) { failed = 1; continue; }
+        Linear part = a;
+        part.out = memory - m * padded * size, part.stride = padded;
+        band(part, m, count, 0, panels);
+        float* row = (float*)(memory + height * padded * size);
+        for (int64_t i = m; i < m + count; i++) pass_row(*rows, part.out + i * padded * size, i, row);
+      }
+      return failed;
+    }
+  }
   const int64_t bands = (M + height - 1) / height;
   while (wide > 1 && M > flat && bands * ((panels + wide - 1) / wide) < 4 * threads) wide = (wide + 1) / 2;
   const int64_t strips = (panels + wide - 1) / wide;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (M * N * K > 32768)
-  for (int64_t task = 0; task < bands * strips; task++) {
-    const int64_t m = task / strips * height, first = task % strips * wide;
-    band(a, m, m + height < M ? height : M - m, first, first + wide < panels ? first + wide : panels);
+  thread_local Space shared;
+  Linear whole = a;
+  if (rows) {
+    whole.out = shared.take(M * padded * size), whole.stride = padded;
+    if (!whole.out) return 1;
   }
+#pragma omp parallel num_threads(threads) if (parallel) reduction(| : failed)
+  {
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < bands * strips; task++) {
+      const int64_t m = task / strips * height, first = task % strips * wide;
+      band(whole, m, m + height < M ? height : M - m, first, first + wide < panels ? first + wide : panels);
+    }
+    if (rows) {
+      thread_local Space space;
+      float* row = (float*)space.take(padded * sizeof(float));
+      failed = row == nullptr;
+#pragma omp for schedule(static)
+      for (int64_t m = 0; m < M; m++)
+        if (row) pass_row(*rows, whole.out + m * padded * size, m, row);
+    }
+  }
+  return failed;
 }
 }

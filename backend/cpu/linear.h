@@ -13,7 +13,7 @@ struct Linear {
   const float* scale; const int32_t* zero; int64_t per_row;  // [M] each, or one for all rows (per_row = 0)
   const int8_t* weight; const float* weight_scale; const int32_t* sums;
   const char* bias; int bias_dtype;
-  char* out; int dtype; int activation;
+  char* out; int64_t stride; int dtype; int activation;       // row m begins at element m * stride
   int64_t M, N, K;
 };
 
@@ -41,7 +41,7 @@ inline void finish(const Linear& a, __m512i exact, int64_t m, int64_t n, const C
   __m512i product = _mm512_sub_epi32(exact, _mm512_mullo_epi32(c.sums, _mm512_set1_epi32(a.zero[row])));
   __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_set1_ps(a.scale[row]));
   y = activate<ACTIVATION>(_mm512_fmadd_ps(y, c.scale, c.bias));
-  store(a.out + (m * a.N + n) * element_size(a.dtype), y, a.dtype, c.lanes);
+  store(a.out + (m * a.stride + n) * element_size(a.dtype), y, a.dtype, c.lanes);
 }
 
 }  // namespace
