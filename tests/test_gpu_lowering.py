@@ -26,7 +26,7 @@ from fxquant.backend.kernels.weight_only_triton import WeightOnlyTritonLinear
 from fxquant.backend.lower import lower
 from fxquant.backend.triton import launch
 from fxquant.backend.triton.epilogue import ACTIVATIONS
-from fxquant.backend.triton.fuse import fuse_norms
+from fxquant.backend.fuse_norms import fuse_norms
 from fxquant.graph.capture import Parameter, trace
 from fxquant.graph.fold import fold
 from fxquant.graph.fuel import Fuel

@@ -17,7 +17,7 @@ from .build import library
 
 PANEL = 64  # outputs per panel of packed weights
 DEPTH = 64  # inputs are padded to a multiple of it: the depth of an AMX tile
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
 NORMS = ("none", "layer", "rms")
 Codes = tuple[Tensor, Tensor, Tensor]  # uint8 [..., K padded to 64], scale float32 [..., 1], zero point int32 [..., 1]
@@ -159,10 +159,10 @@ def _pass(
         if given is not None and (tuple(given.shape) != size or not given.is_contiguous()):
             raise FxquantError(f"rows of shape {list(shape)} meet {list(given.shape)}; {list(size)}, contiguous, is needed")
     codes, scale, zero_point, total, normed = (t.data_ptr() for t in out)
-    gain_dtype = next((_DTYPES[t.dtype] for t in (weight, bias) if t is not None), 0)
+    gain_dtype = next((DTYPES[t.dtype] for t in (weight, bias) if t is not None), 0)
     rows = _Rows(
         *(None if t is None else t.data_ptr() for t in (residual, weight, bias)),
-        _DTYPES[dtype], gain_dtype, NORMS.index(norm), eps,
+        DTYPES[dtype], gain_dtype, NORMS.index(norm), eps,
         total if keep_sum else None, normed if keep_norm else None, codes, scale, zero_point,
         shape[-1], out[0].shape[-1], 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1, symmetric,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def _run_rows(x: Tensor, rows: _Rows, count: int) -> None:
 
 
 def _quantize_rows(x: Tensor, bits: int, symmetric: bool) -> Codes:
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return quantize_rows_reference(x, bits, symmetric)
     x = x.contiguous()
     rows, out = _pass(x, x.shape, x.dtype, None, "none", None, None, 0.0, bits, symmetric, False, False)
@@ -280,8 +280,8 @@ def _multiply(
     failed = library().linear(
         _address(codes), _address(scale), _address(zero_point), ctypes.c_int64(int(scale.numel() == rows)),
         _address(weight), _address(weight_scale), _address(sums),
-        _address(bias), _DTYPES[bias.dtype] if bias is not None else 0,
-        _address(out), _DTYPES[dtype], ACTIVATIONS.index(activation),
+        _address(bias), DTYPES[bias.dtype] if bias is not None else 0,
+        _address(out), DTYPES[dtype], ACTIVATIONS.index(activation),
         ctypes.c_int64(rows), ctypes.c_int64(out_features), ctypes.c_int64(inner),
         None if passed is None else ctypes.byref(passed), int((isa or build.isa()) == "amx"), torch.get_num_threads(),
     )  # fmt: skip
@@ -315,9 +315,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
     sizes = (ctypes.c_int64 * 6)(batch, heads, key.shape[1], length, key.shape[2], width)
     of_mask = (0, 0, 0, 0) if mask is None else mask.stride()
     strides = (ctypes.c_int64 * 13)(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *of_mask)
-    mask_dtype = 3 if mask is not None and mask.dtype is torch.bool else _DTYPES[query.dtype if mask is None else mask.dtype]
+    mask_dtype = 3 if mask is not None and mask.dtype is torch.bool else DTYPES[query.dtype if mask is None else mask.dtype]
     failed = library().attention(
-        _address(query), _address(key), _address(value), _address(mask), _address(out), _DTYPES[query.dtype], mask_dtype,
+        _address(query), _address(key), _address(value), _address(mask), _address(out), DTYPES[query.dtype], mask_dtype,
         sizes, strides, int(is_causal), ctypes.c_float(scale), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
