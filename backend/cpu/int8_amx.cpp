@@ -4,6 +4,7 @@
 // after each step: the two would otherwise wait for each other, at equal cost.
 
 #include "linear.h"
+#include "tiles.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,23 +13,10 @@ namespace {
 
 constexpr int TILE = 16, BLOCK = 2 * TILE;
 
-struct alignas(64) Config {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {0};
-  uint16_t bytes[16] = {0};
-  uint8_t rows[16] = {0};
-};
-
 // Tiles 0 to 3: sums, two above two. 4 and 5: activations, above and below. 6 and 7: weights, left and right.
-void configure(int rows) {
+void shape(int rows) {
   const int above = rows < TILE ? rows : TILE, below = rows - above ? rows - above : 1;  // a tile has one row at least
-  const int height[8] = {above, above, below, below, above, below, TILE, TILE};
-  Config config;
-  for (int i = 0; i < 8; i++) {
-    config.bytes[i] = 64;
-    config.rows[i] = height[i];
-  }
-  asm volatile("" ::: "memory");  // the intrinsic does not say that it reads all of it
-  _tile_loadconfig(&config);
+  configure({above, above, below, below, above, below, TILE, TILE});
 }
 
 struct Block {  // sums that wait for their epilogue
@@ -88,14 +76,14 @@ void band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last
   int64_t turn = 0;
   const int64_t whole = count / BLOCK * BLOCK;
   if (whole) {
-    configure(BLOCK);
+    shape(BLOCK);
     for (int64_t panel = first; panel < last; panel++)  // the weights of a panel stay near while the rows go by
       for (int64_t i = 0; i < whole; i += BLOCK)
         for (int64_t n = panel * PANEL; n < (panel + 1) * PANEL && n < a.N; n += BLOCK)
           multiply<ACTIVATION>(a, m + i, n, BLOCK, exact[turn++ % 2], before);
   }
   if (whole < count) {
-    configure((int)(count - whole));
+    shape((int)(count - whole));
     for (int64_t n = first * PANEL; n < last * PANEL && n < a.N; n += BLOCK)
       multiply<ACTIVATION>(a, m + whole, n, (int)(count - whole), exact[turn++ % 2], before);
   }

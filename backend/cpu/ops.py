@@ -302,7 +302,10 @@ def attention_reference(
     )
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, isa: str = ""
+) -> Tensor:
+    """``isa``: "amx" or "vnni", the best there is if empty."""
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
@@ -318,7 +321,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
     mask_dtype = 3 if mask is not None and mask.dtype is torch.bool else DTYPES[query.dtype if mask is None else mask.dtype]
     failed = library().attention(
         _address(query), _address(key), _address(value), _address(mask), _address(out), DTYPES[query.dtype], mask_dtype,
-        sizes, strides, int(is_causal), ctypes.c_float(scale), torch.get_num_threads(),
+        sizes, strides, int(is_causal), ctypes.c_float(scale), int((isa or build.isa()) == "amx"), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"attention over {key.shape[2]} keys of width {width} needs more memory than there is")
