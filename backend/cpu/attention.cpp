@@ -171,6 +171,7 @@ int attention(const char* q, const char* k, const char* v, const char* mask, cha
   int64_t bands = 1;  // enough tasks for the threads, but copying keys and values must stay the smaller part
   while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 48) bands *= 2;
   const int64_t height = ((a.L + bands - 1) / bands + step - 1) / step * step;
+  const int64_t chunk = a.B >= 4 * threads ? a.H * bands : 1;  // neighbouring heads to one thread: they share cache lines and pages
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (a.B * a.H * a.L * a.T * a.D > 32768) reduction(| : failed)
   {
@@ -178,7 +179,7 @@ int attention(const char* q, const char* k, const char* v, const char* mask, cha
     failed = memory == nullptr;
     const Space space = {memory, memory + padded * a.D, memory + padded * a.D + padded * width,
                          memory + padded * a.D + padded * width + QUERIES * padded};
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < a.B * a.H * bands; task++) {
       const int64_t first = task % bands * height, head = task / bands, count = a.L - first < height ? a.L - first : height;
       if (!memory || count <= 0) continue;

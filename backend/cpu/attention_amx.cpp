@@ -186,6 +186,12 @@ void mix(const Sizes& sizes, const Space& space, int64_t c, int64_t T, int parts
   if (count > 3) _tile_stored(3, out + 48, 4 * sizes.width);
 }
 
+// Rows first to last of one head, into the second cache: heads lie side by side in rows, too far apart for the hardware to see.
+void fetch(const char* x, int64_t row, int64_t first, int64_t last, int64_t bytes) {
+  for (int64_t i = first; i < last; i++)
+    for (int64_t c = 0; c < bytes; c += 64) _mm_prefetch(x + i * row + c, _MM_HINT_T1);
+}
+
 Space carve(const Sizes& sizes, char* memory, int64_t* bytes) {
   char* at = memory;
   auto take = [&](int64_t size) {
@@ -223,6 +229,7 @@ void amx_attention(const Attention& a, char* memory, int64_t b, int64_t h, int64
   const char *k = a.k + (b * a.kb + g * a.kh) * size, *v = a.v + (b * a.vb + g * a.vh) * size;
   for (int64_t t = 0; t < (seen + 63) / 64 * 64; t += 16) take_keys(a, sizes, space, k, t, seen, parts);
   for (int64_t t = 0; t < (seen + 31) / 32 * 32; t += 32) take_values(a, sizes, space, v, t, seen, parts);
+  const int64_t after = (b * a.H + h + 1) % (a.B * a.H), nb = after / a.H, nh = after % a.H, ng = nh / (a.H / a.G);  // the next head
   configure({16, 16, 16, 16, 16, 16, 16, 16});
   for (int64_t l = first; l < first + count; l += QUERIES) {
     const int64_t left = first + count - l, rows = left < QUERIES ? left : QUERIES;
@@ -234,6 +241,12 @@ void amx_attention(const Attention& a, char* memory, int64_t b, int64_t h, int64
         store_row(space.queries[0] + i * sizes.depth + c, x.hi);
         store_row(space.queries[1] + i * sizes.depth + c, x.lo);
       }
+    if (count == a.L) {
+      const int64_t from = l * a.T / a.L, to = (l + rows) * a.T / a.L, bytes = a.D * size;
+      fetch(a.q + (nb * a.qb + nh * a.qh) * size, a.ql * size, l, l + rows, bytes);
+      fetch(a.k + (nb * a.kb + ng * a.kh) * size, a.kt * size, from, to, bytes);
+      fetch(a.v + (nb * a.vb + ng * a.vh) * size, a.vt * size, from, to, bytes);
+    }
     asm volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
     for (int64_t t = 0; t < T; t += 64) score(sizes, space, t, parts);
     float by[QUERIES];
