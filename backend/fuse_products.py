@@ -53,11 +53,10 @@ def _operands(rows: fx.Node) -> list[fx.Node]:
 def _write(gm: fx.GraphModule, rows: fx.Node, product: fx.Node) -> None:
     residual = next((n for n in _operands(rows) if n is not product), None)
     quantized: Any = rows.args[1:] if rows.target is ops.quantize_rows else rows.args[6:8]
-    norm, weight, bias, eps, *keep = ("none", None, None, 0.0, False, False)
-    if rows.target is ops.normalize_rows:
-        norm, weight, bias, eps = rows.args[2:6]
-        keep = list(rows.args[8:])
-    flags: Any = (eps, *quantized, *keep)
+    way: Any = rows.args[2:6] if rows.target is ops.normalize_rows else ("none", None, None, 0.0)
+    keep: Any = rows.args[8:] if rows.target is ops.normalize_rows else (False, False)
+    norm, weight, bias, eps = way
+    flags = (eps, *quantized, *keep)
 
     def fused(product: Any, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
         return list(ops.linear_rows(*product, residual, norm, weight, bias, *flags))

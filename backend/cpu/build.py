@@ -3,7 +3,8 @@
 At first use rather than at install: the wheel stays one pure-Python file for every platform, and neither it nor an sdist needs
 a compiler to be installed. It takes seconds, once per machine. Without a compiler, or on a CPU without AVX512-VNNI, the kernels
 that are written in PyTorch run instead, and ``explain`` says why. What AMX is for is compiled where the CPU has it, and used
-unless ``FXQUANT_CPU_ISA=vnni`` says not to. Safe for parallel processes: a library appears by an atomic rename. Only g++ by default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded.
+unless ``FXQUANT_CPU_ISA=vnni`` says not to. Safe for parallel processes: a library appears by an atomic rename. Only g++ by
+default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded.
 """
 
 import ctypes
@@ -25,9 +26,12 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 AMX = (*AVX512_VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-DWITH_AMX")
 PLAIN = ("int8.cpp", "rows.cpp", "activation.cpp", "attention.cpp")
-SOURCES = {  # of each instruction set: what is compiled, and how
+SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # of each instruction set: what is compiled, and how
     "vnni": dict.fromkeys(PLAIN, AVX512_VNNI),
-    "amx": {**dict.fromkeys(PLAIN, AVX512_VNNI), **dict.fromkeys(("int8.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX)},
+    "amx": {
+        **dict.fromkeys(PLAIN, AVX512_VNNI),
+        **dict.fromkeys(("int8.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX),
+    },
 }
 
 
@@ -40,7 +44,9 @@ def isa() -> str:
     """The instruction set that the kernels use: "amx" or "vnni". Raises CannotBuild if there is no library for either."""
     wanted = os.environ.get("FXQUANT_CPU_ISA", "")
     if wanted not in ("", *SOURCES):
-        raise FxquantError(f"FXQUANT_CPU_ISA is {wanted!r}; one of {', '.join(SOURCES)} is needed, or nothing for the best there is")
+        raise FxquantError(
+            f"FXQUANT_CPU_ISA is {wanted!r}; one of {', '.join(SOURCES)} is needed, or nothing for the best there is"
+        )
     if wanted != "vnni" and has_amx():
         try:
             if _library("amx").amx_permission() == 0:

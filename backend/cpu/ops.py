@@ -30,19 +30,19 @@ _library.define(
     "int out_features, str activation, ScalarType dtype) -> Tensor"
 )
 _library.define(
-    "normalize_rows_u8(Tensor x, Tensor? residual, str norm, Tensor? weight, Tensor? bias, float eps, int bits, bool symmetric, "
-    "bool keep_sum, bool keep_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "normalize_rows_u8(Tensor x, Tensor? residual, str norm, Tensor? weight, Tensor? bias, float eps, int bits, "
+    "bool symmetric, bool keep_sum, bool keep_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "linear_rows_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor sums, Tensor? bias, "
-    "int out_features, str activation, ScalarType dtype, Tensor? residual, str norm, Tensor? norm_weight, Tensor? norm_bias, "
-    "float eps, int bits, bool symmetric, bool keep_sum, bool keep_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "linear_rows_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor sums, "
+    "Tensor? bias, int out_features, str activation, ScalarType dtype, Tensor? residual, str norm, Tensor? norm_weight, "
+    "Tensor? norm_bias, float eps, int bits, bool symmetric, bool keep_sum, bool keep_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor")
 
 
 def pack_panels(codes: Tensor) -> Tensor:
-    """Weight codes int8 [N, K] as panels [ceil(N/64), K/4, 64, 4], K padded to 64; zeros where there is nothing; pure PyTorch."""
+    """Weight codes int8 [N, K] as panels [ceil(N/64), K/4, 64, 4], K padded to 64; zeros where there is nothing."""
     n, k = codes.shape
     codes = pad(codes, (0, -k % DEPTH, 0, -n % PANEL))
     return codes.view(-(n // -PANEL), PANEL, -1, 4).permute(0, 2, 1, 3).contiguous()
@@ -194,14 +194,18 @@ def _quantize_rows(x: Tensor, bits: int, symmetric: bool) -> Codes:
     return out[:3]
 
 
-def _normalize_rows(x: Tensor, residual: Tensor | None, norm: str, weight: Tensor | None, bias: Tensor | None, *how: Any) -> Passed:
-    x, residual, weight, bias = (None if t is None else t.contiguous() for t in (x, residual, weight, bias))  # type: ignore[assignment]
+def _normalize_rows(
+    x: Tensor, residual: Tensor | None, norm: str, weight: Tensor | None, bias: Tensor | None, *how: Any
+) -> Passed:
+    x = x.contiguous()
+    residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
     rows, out = _pass(x, x.shape, x.dtype, residual, norm, weight, bias, *how)
     _run_rows(x, rows, out[1].numel())
     return out
 
 
-def _linear(
+def linear_on(
+    isa: str,
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -212,15 +216,15 @@ def _linear(
     out_features: int,
     activation: str,
     dtype: torch.dtype,
-    isa: str = "",
 ) -> Tensor:
-    """``isa``: "amx" or "vnni", the best there is if empty."""
+    """``linear`` on the instruction set ``isa``: "amx" or "vnni"; the same to the last bit."""
     out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
     _multiply(codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation, dtype, out, None, isa)
     return out
 
 
-def _linear_rows(
+def linear_rows_on(
+    isa: str,
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -240,8 +244,8 @@ def _linear_rows(
     symmetric: bool,
     keep_sum: bool,
     keep_norm: bool,
-    isa: str = "",
 ) -> Passed:
+    """``linear_rows`` on the instruction set ``isa``; the same to the last bit."""
     residual, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (residual, norm_weight, norm_bias))
     shape = (*codes.shape[:-1], out_features)
     how = (residual, norm, norm_weight, norm_bias, eps, bits, symmetric, keep_sum, keep_norm)
@@ -283,7 +287,7 @@ def _multiply(
         _address(bias), DTYPES[bias.dtype] if bias is not None else 0,
         _address(out), DTYPES[dtype], ACTIVATIONS.index(activation),
         ctypes.c_int64(rows), ctypes.c_int64(out_features), ctypes.c_int64(inner),
-        None if passed is None else ctypes.byref(passed), int((isa or build.isa()) == "amx"), torch.get_num_threads(),
+        None if passed is None else ctypes.byref(passed), int(isa == "amx"), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"a product of {rows} rows and {out_features} outputs needs more memory than there is")
@@ -302,10 +306,10 @@ def attention_reference(
     )
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, isa: str = ""
+def attention_on(
+    isa: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    """``isa``: "amx" or "vnni", the best there is if empty."""
+    """``attention`` on the instruction set ``isa``: in float32 on "vnni", in pairs of bfloat16 on "amx"."""
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
@@ -321,7 +325,7 @@ def _attention(
     mask_dtype = 3 if mask is not None and mask.dtype is torch.bool else DTYPES[query.dtype if mask is None else mask.dtype]
     failed = library().attention(
         _address(query), _address(key), _address(value), _address(mask), _address(out), DTYPES[query.dtype], mask_dtype,
-        sizes, strides, int(is_causal), ctypes.c_float(scale), int((isa or build.isa()) == "amx"), torch.get_num_threads(),
+        sizes, strides, int(is_causal), ctypes.c_float(scale), int(isa == "amx"), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"attention over {key.shape[2]} keys of width {width} needs more memory than there is")
@@ -349,6 +353,18 @@ def _fake_linear_rows(codes: Tensor, *args: Any) -> Passed:
 def _fake_linear(codes: Tensor, *args: Any) -> Tensor:
     out_features, _, dtype = args[-3:]
     return codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
+
+
+def _linear(*args: Any) -> Tensor:
+    return linear_on(build.isa(), *args)
+
+
+def _linear_rows(*args: Any) -> Passed:
+    return linear_rows_on(build.isa(), *args)
+
+
+def _attention(*args: Any) -> Tensor:
+    return attention_on(build.isa(), *args)
 
 
 _library.impl("quantize_rows_u8", _quantize_rows, "CPU")

@@ -60,15 +60,15 @@ void quantize(const Rows& r, const char* x, int dtype, int64_t m) {
   if (!symmetric) z = z < 0 ? 0 : z > largest ? (float)largest : z;
   r.scale[m] = s;
   r.zero[m] = symmetric ? 128 : isnan(s) ? 0 : (int32_t)z;
-  const __m512 by = _mm512_set1_ps(inverse), shift = _mm512_set1_ps((float)r.zero[m]);
-  const __m512 least = _mm512_set1_ps(symmetric ? (float)(128 - largest) : 0.0f);
-  const __m512 most = _mm512_set1_ps(symmetric ? (float)(128 + largest) : (float)largest);
+  const __m512 by = _mm512_set1_ps(inverse);
+  const __m512i shift = _mm512_set1_epi32(r.zero[m]);
+  const __m512i least = _mm512_set1_epi32(symmetric ? 128 - largest : 0), most = _mm512_set1_epi32(symmetric ? 128 + largest : largest);
   uint8_t* out = r.codes + m * r.stride;
   for (int64_t k = 0; k < r.stride; k += LANES) {
     __m512 v = k < K ? load(x + k * size, dtype, tail(K - k)) : _mm512_setzero_ps();
-    __m512 q = _mm512_roundscale_ps(_mm512_mul_ps(v, by), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    q = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(q, shift), least), most);
-    __m128i bytes = _mm_maskz_mov_epi8(k < K ? tail(K - k) : 0, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(q)));
+    __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, by)), shift);  // halves to even; a NaN is the least integer
+    q = _mm512_min_epi32(_mm512_max_epi32(q, least), most);
+    __m128i bytes = _mm_maskz_mov_epi8(k < K ? tail(K - k) : 0, _mm512_cvtepi32_epi8(q));
     _mm_mask_storeu_epi8(out + k, tail(r.stride - k), bytes);
   }
 }
@@ -76,13 +76,14 @@ void quantize(const Rows& r, const char* x, int dtype, int64_t m) {
 }  // namespace
 
 void pass_row(const Rows& r, const char* x, int64_t m, float* space) {
-  if (!r.residual && r.norm == NO_NORM) return quantize(r, x, r.dtype, m);
+  if (!r.residual && r.norm == NO_NORM && !r.total && !r.normed) return quantize(r, x, r.dtype, m);
   const int size = element_size(r.dtype);
   for (int64_t k = 0; k < r.K; k += LANES) {
     const __mmask16 lanes = tail(r.K - k);
     __m512 v = load(x + k * size, r.dtype, lanes);
     if (r.residual) v = rounded(_mm512_add_ps(v, load(r.residual + (m * r.K + k) * size, r.dtype, lanes)), r.dtype);
     if (r.total) store(r.total + (m * r.K + k) * size, v, r.dtype, lanes);
+    if (r.normed && r.norm == NO_NORM) store(r.normed + (m * r.K + k) * size, v, r.dtype, lanes);
     _mm512_store_ps(space + k, v);
   }
   if (r.norm != NO_NORM) normalize(r, space, m);

@@ -1,4 +1,4 @@
-"""W8A8 on a CPU with AVX512-VNNI: our own C++ (cpu/int8.cpp), one pass to quantize a row, one product with a fused epilogue."""
+"""W8A8 on a CPU with AVX512-VNNI or AMX: our own C++ (cpu/int8.cpp), a product with a fused epilogue, one pass over a row."""
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from .kernel import Claim, Product, misfit
 class Int8VnniLinear:
     """Per-token or static per-tensor activations of up to 8 bits, symmetric per-channel weights of up to 8 bits."""
 
-    name = "int8 VNNI (u8 x s8, fused epilogue)"
     epilogues = ops.ACTIVATIONS[1:]
+
+    @property
+    def name(self) -> str:
+        """It says what multiplies: AMX where there is any, else AVX512-VNNI."""
+        return f"int8 {'AMX' if not build.why_not() and build.isa() == 'amx' else 'VNNI'} (u8 x s8, fused epilogue)"
 
     def supports(self, product: Product) -> Claim | Miss:
         x, w = product.activation, product.weight_spec
