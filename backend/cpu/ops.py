@@ -36,7 +36,8 @@ _library.define(
 _library.define(
     "linear_rows_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor sums, "
     "Tensor? bias, int out_features, str activation, ScalarType dtype, Tensor? residual, str norm, Tensor? norm_weight, "
-    "Tensor? norm_bias, float eps, int bits, bool symmetric, bool keep_sum, bool keep_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? norm_bias, float eps, int bits, bool symmetric, bool keep_sum, bool keep_norm) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor")
 
