@@ -132,11 +132,11 @@ void score(const Sizes& sizes, const Space& space, int64_t t, int parts) {
 // One row of scores becomes probabilities up to their sum, in two bfloat16 each, zeros from T to `end`; returns 1 / sum.
 float softmax(const Attention& a, const Space& space, int64_t row, const Sizes& sizes, const char* mask, int64_t T, int64_t end) {
   float* s = space.scores + row * sizes.keys;
-  const __m512 off = _mm512_set1_ps(-INFINITY), base = _mm512_set1_ps(1.44269504f), scale = _mm512_set1_ps(a.scale * 1.44269504f);
+  const __m512 off = _mm512_set1_ps(-INFINITY), base = _mm512_set1_ps(1.44269504f), scale = _mm512_set1_ps(a.scale);
   __m512 largest = off;
   for (int64_t t = 0; t < T; t += LANES) {
     __m512 x = _mm512_mul_ps(_mm512_load_ps(s + t), scale);
-    if (mask) x = _mm512_fmadd_ps(mask_of(a, mask, t, tail(T - t)), base, x);
+    if (mask) x = _mm512_add_ps(x, mask_of(a, mask, t, tail(T - t)));
     x = _mm512_mask_mov_ps(off, tail(T - t), x);
     largest = _mm512_max_ps(largest, x);
     _mm512_store_ps(s + t, x);
@@ -147,7 +147,7 @@ float softmax(const Attention& a, const Space& space, int64_t row, const Sizes& 
   half *hi = space.probabilities[0] + row * sizes.keys, *lo = space.probabilities[1] + row * sizes.keys;
   int64_t t = 0;
   for (; t < T; t += LANES) {
-    __m512 x = power_of_two(_mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_sub_ps(_mm512_load_ps(s + t), shift)));  // a NaN stays one
+    __m512 x = power_of_two(_mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s + t), shift), base)));  // a NaN stays one
     total = _mm512_add_ps(total, x);
     __m256bh near = _mm512_cvtneps_pbh(x);
     __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)near), 16)));

@@ -1,4 +1,4 @@
-"""Attention on a CPU with AVX512 or AMX: our own C++ (cpu/attention.cpp) in place of PyTorch's, where it pays.
+"""Attention on a CPU with AVX512: our own C++ (cpu/attention.cpp) in place of PyTorch's, where it pays.
 
 Nothing is quantized here: beside integer linears, PyTorch's float attention is what an encoder then spends its time on.
 """
@@ -71,7 +71,7 @@ def supports(node: fx.Node) -> Claim | Miss:
         return Miss(f"the mask is {m.dtype} with {m.dim()} axes")
     if not isinstance(q.shape[2], int) or q.shape[2] < FEWEST_QUERIES:
         return Miss(f"{q.shape[2]} queries per head, {FEWEST_QUERIES} or more are needed, known while compiling")
-    return Claim(f"attention ({'AMX, floats in two bfloat16' if build.isa() == 'amx' else 'AVX512, float32 inside'})")
+    return Claim("attention (AVX512, float32 inside)")
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, float, bool]:
