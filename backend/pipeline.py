@@ -24,12 +24,13 @@ from fxquant.recipe import Recipe, rule_names
 from fxquant.report import Artifact, GraphSite, register, rules_of
 
 from .first_calls import FirstCalls
+from .fuse_norms import fuse_norms
+from .fuse_products import fuse_products
 from .inductor import compile_runtime
 from .kernels import KERNELS
 from .kernels.attention_cpu import lower_attention
 from .lower import Lowered, lower
 from .settings import Settings
-from .triton.fuse import fuse_norms
 
 
 def compile_graph(gm: fx.GraphModule, settings: Settings) -> Callable[..., Any]:
@@ -62,6 +63,7 @@ def compile_captured(graph: fx.GraphModule, settings: Settings, differentiable: 
     stages.show("quantized", graph)
     kernels = lower(graph, KERNELS, fuel)
     fuse_norms(graph, fuel)
+    fuse_products(graph, fuel)
     lower_attention(graph, fuel)
     stages.show("lowered", tidy(views_that_may_copy(graph)))
     folded = fold(graph)

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 # Rounding of the result in its own type, and a few in float32; relative to the largest value, of which the result is a mean.
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ISAS = ("vnni", "amx")[: 1 if build.why_not() else 1 + (build.isa() == "amx")]
+
 MASKS = {
     "none": lambda b, h, n, t: None,
     "bool": lambda b, h, n, t: torch.rand(b, 1, n, t) > 0.3,
@@ -29,12 +31,32 @@ MASKS = {
 }
 
 
+def bound(isa: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> float:
+    """What the result may be off by: it is a mean of the values, with weights that are off by what the scores are.
+
+    On AMX a float is two bfloat16, each nearest to what it stands for (2^-8), so both together are off by 2^-16, and the
+    product of the low parts, another 2^-16, is left out. Operands in bfloat16 are what they are;
+    probabilities are split in any case.
+    """
+    closest = CLOSE[v.dtype]
+    if isa == "amx":
+        split = 3 * 2**-16
+        scores = (
+            0.0
+            if q.dtype is torch.bfloat16
+            else split * scale * float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
+        )
+        closest += split + 2 * scores  # exp(s) over its sum: the numerator and the denominator
+    return closest * float(v.abs().max())
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @given(
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 2), st.integers(1, 40), st.integers(1, 150), st.integers(1, 90),
     st.sampled_from(sorted(MASKS)), st.booleans(), st.sampled_from(list(CLOSE)), st.integers(0, 2**16),
 )  # fmt: skip
 def test_it_is_attention(
-    b: int, g: int, per: int, n: int, t: int, d: int, kind: str, joined: bool, dtype: torch.dtype, seed: int
+    isa: str, b: int, g: int, per: int, n: int, t: int, d: int, kind: str, joined: bool, dtype: torch.dtype, seed: int
 ) -> None:
     torch.manual_seed(seed)
     h = g * per
@@ -48,32 +70,35 @@ def test_it_is_attention(
     mask = mask.to(dtype) if mask is not None and mask.dtype is not torch.bool else mask
     wide = mask if mask is None or mask.dtype is torch.bool else mask.double()
     for causal in (False, True) if mask is None else (False,):
-        y = ops.attention(q, k, v, mask, causal, 1 / math.sqrt(d))
+        y = ops.attention_on(isa, q, k, v, mask, causal, 1 / math.sqrt(d))
         expected = ops.attention_reference(q.double(), k.double(), v.double(), wide, causal, 1 / math.sqrt(d))
         assert y.shape == expected.shape and y.dtype == dtype
-        assert (y.double() - expected.nan_to_num()).abs().max() <= CLOSE[dtype] * v.abs().max()
+        assert (y.double() - expected.nan_to_num()).abs().max() <= bound(isa, q, k, v, 1 / math.sqrt(d))
 
 
-def test_a_row_that_is_masked_throughout_is_zero() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_that_is_masked_throughout_is_zero(isa: str) -> None:
     q = torch.randn(1, 1, 9, 8)
     mask = torch.ones(9, 9, dtype=torch.bool)
     mask[4] = False
-    y = ops.attention(q, q, q, mask, False, 1.0)
+    y = ops.attention_on(isa, q, q, q, mask, False, 1.0)
     assert bool((y[0, 0, 4] == 0).all()) and bool((y[0, 0, 5] != 0).all())
 
 
-def test_a_nan_stays_in_its_query() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_nan_stays_in_its_query(isa: str) -> None:
     q, kv = torch.randn(1, 1, 9, 8), torch.randn(1, 1, 20, 8)
     q[0, 0, 3, 2] = float("nan")
-    y = ops.attention(q, kv, kv, None, False, 1.0)
+    y = ops.attention_on(isa, q, kv, kv, None, False, 1.0)
     assert y.isnan().any(-1).flatten().tolist() == [i == 3 for i in range(9)]
 
 
-def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_do_not_depend_on_the_number_of_threads(isa: str) -> None:
     q, threads, found = torch.randn(1, 2, 200, 32), torch.get_num_threads(), []
     for number in (1, 2):
         torch.set_num_threads(number)
-        found.append(ops.attention(q, q, q, None, True, 0.2))
+        found.append(ops.attention_on(isa, q, q, q, None, True, 0.2))
     torch.set_num_threads(threads)
     assert torch.equal(*found)
 

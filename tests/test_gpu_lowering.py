@@ -19,6 +19,9 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from fxquant.backend.cpu import build
+from fxquant.backend.fuse_norms import fuse_norms
+from fxquant.backend.fuse_products import fuse_products
 from fxquant.backend.kernels import KERNELS
 from fxquant.backend.kernels.int8_triton import Int8TritonLinear
 from fxquant.backend.kernels.kernel import Kernel, Product, reference
@@ -26,7 +29,6 @@ from fxquant.backend.kernels.weight_only_triton import WeightOnlyTritonLinear
 from fxquant.backend.lower import lower
 from fxquant.backend.triton import launch
 from fxquant.backend.triton.epilogue import ACTIVATIONS
-from fxquant.backend.triton.fuse import fuse_norms
 from fxquant.graph.capture import Parameter, trace
 from fxquant.graph.fold import fold
 from fxquant.graph.fuel import Fuel
@@ -421,11 +423,40 @@ def test_fuel_stops_the_fusion_of_norms(everywhere: None) -> None:
     assert (ops(gm)["layer_norm_quantize"], ops(gm)["layer_norm"]) == (1, 1)
 
 
-@pytest.mark.parametrize(("block", "recipe"), [(post_ln, "W8A8"), (pre_rms, "W4A16")])
-def test_on_a_cpu_nothing_changes(block: Block, recipe: str) -> None:
+@pytest.mark.parametrize(("block", "recipe"), [(post_ln, "W8A8-static"), (pre_rms, "W4A16")])
+def test_on_a_cpu_nothing_changes_where_no_row_is_quantized_at_run_time(block: Block, recipe: str) -> None:
     ours, before = quantized(block, "cpu", recipe=recipe), quantized(block, "cpu", recipe=recipe)
     _, misses = lowered(ours)
     lower(before, [k for k in KERNELS if not isinstance(k, Int8TritonLinear | WeightOnlyTritonLinear)], Fuel())
     before.recompile()
     assert misses == []
     assert ours.code == before.code
+
+
+@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
+@pytest.mark.parametrize("block", NORMS)
+def test_on_a_cpu_norms_fuse_with_their_quantization_and_products_with_both(block: Block) -> None:
+    plain, ours = quantized(block, "cpu"), quantized(block, "cpu")
+    lower(ours, KERNELS, Fuel())
+    before = run(ours, data(ours))
+    assert fuse_norms(ours, Fuel()) is not None and ops(ours)["normalize_rows_u8"] == COUNTS[block][0]
+    apart = run(ours, data(ours))
+    fuse_products(ours, Fuel())
+    ours.graph.lint()
+    ours.recompile()
+    assert ops(ours)["linear_rows_u8s8"] > 0
+    assert torch.equal(*run(ours, data(ours)), *apart)
+    for other in (before, run(plain, data(plain))):
+        assert distance(other, apart) < 1e-6
+
+
+def test_a_product_that_others_read_too_is_not_fused_and_says_why() -> None:
+    def block(x, WU, WO):
+        y = F.linear(x, WU)
+        return y.sin(), F.linear(y[..., :D], WO), F.linear(y.relu()[..., :D], WO)
+
+    gm = quantized(block, "cpu", recipe="no transforms", dynamic=False)
+    lower(gm, KERNELS, Fuel())
+    reasons = [miss.reason for miss in fuse_products(gm, Fuel())]
+    assert ops(gm)["linear_rows_u8s8"] == 0
+    assert all(reasons)

@@ -1,5 +1,6 @@
 """Every kernel equals the plain product of fake-quantized operands; the integer part to the last bit."""
 
+import os
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from fxquant.numerics.ranges import Dynamic, Given, MinMSE
 from fxquant.recipe import Spec
 
 needs_library = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
+ISAS = ("vnni", "amx")[: 1 if build.why_not() else 1 + (build.isa() == "amx")]
 
 ACTIVATIONS = st.one_of(
     st.none(),
@@ -140,37 +142,111 @@ def test_a_row_that_is_not_finite_decodes_to_nan_and_the_others_do_not(bad: floa
 
 
 @needs_library
-@given(st.integers(0, 30), st.integers(1, 40), st.integers(1, 200), st.sampled_from(ops.ACTIVATIONS), st.integers(0, 2**16))
-def test_the_integer_part_is_exact_and_the_epilogue_close(m: int, k: int, n: int, activation: str, seed: int) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+@given(st.integers(0, 100), st.integers(1, 200), st.integers(1, 200), st.sampled_from(ops.ACTIVATIONS), st.integers(0, 2**16))
+def test_the_integer_part_is_exact_and_the_epilogue_close(isa: str, m: int, k: int, n: int, activation: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
     codes = torch.randint(0, 256, (m, k), generator=generator, dtype=torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, -k % 4))
+    codes = torch.nn.functional.pad(codes, (0, -k % ops.DEPTH))
     zero = torch.randint(0, 256, (m, 1), generator=generator, dtype=torch.int32)
     ones, sums = torch.ones(n), weight.sum(1, dtype=torch.int32)
     args = (codes, torch.ones(m, 1), zero, ops.pack_panels(weight), ones, sums, None, n)
-    assert torch.equal(ops.linear(*args, "none", torch.float32), ops.linear_reference(*args, "none", torch.float32))
+    assert torch.equal(ops.linear_on(isa, *args, "none", torch.float32), ops.linear_reference(*args, "none", torch.float32))
     small = (codes, torch.full((m, 1), 1e-4), zero, *args[3:])
     size = ops.linear_reference(*small, "none", torch.float32).abs().max().item() if m else 0.0
-    close = {"rtol": 2e-6, "atol": 2e-7 * size}  # erf is good to 1.5e-7, and GELU multiplies it by half of its argument
+    close = {"rtol": 2e-6, "atol": 2e-7 * size}  # a curve of GELU is good to 3e-8, and floats to 6e-8
     torch.testing.assert_close(
-        ops.linear(*small, activation, torch.float32), ops.linear_reference(*small, activation, torch.float32), **close
+        ops.linear_on(isa, *small, activation, torch.float32), ops.linear_reference(*small, activation, torch.float32), **close
     )
 
 
+@st.composite
+def passes(draw: st.DrawFn, rows: int, inner: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[object, ...]:
+    """The arguments of a row's way behind ``x``: a residual or none, a norm or none, what is kept."""
+    make = lambda *size: torch.randn(*size, generator=generator).to(dtype)  # noqa: E731
+    norm, symmetric = draw(st.sampled_from(ops.NORMS)), draw(st.booleans())
+    residual = make(rows, inner) if draw(st.booleans()) else None
+    weight, bias = (make(inner) if norm != "none" and draw(st.booleans()) else None for _ in range(2))
+    bias = None if norm == "rms" else bias
+    return residual, norm, weight, bias, 1e-5, draw(st.integers(2, 8)), symmetric, draw(st.booleans()), draw(st.booleans())
+
+
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
 @needs_library
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    x, weight = torch.randn(100, 96), torch.randint(-127, 128, (200, 96), dtype=torch.int8)
+@given(st.data(), st.integers(0, 20), st.integers(1, 150), FLOATS, st.integers(0, 2**16))
+def test_a_row_is_added_normalised_and_quantized(data: st.DataObject, m: int, k: int, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    residual, norm, weight, bias, eps, bits, symmetric, _, _ = data.draw(passes(m, k, dtype, generator))
+    how = (residual, norm, weight, bias, eps, bits, symmetric, True, True)
+    *codes, total, normed = ops.normalize_rows(x, *how)
+    *_, expected_total, expected = ops.normalize_rows_reference(x, *how)
+    assert torch.equal(total, expected_total)
+    for mine, plain in zip(codes, ops.quantize_rows_reference(normed, bits, symmetric), strict=True):
+        assert torch.equal(mine, plain)
+    # Rounding in float32 of a sum of k terms, whose mean is subtracted and may be all there is (k = 1); and once in the dtype.
+    largest = 0 if total.numel() == 0 else float(total.double().abs().max())
+    gain = 1 if weight is None else float(weight.double().abs().max())
+    by = 1 if norm == "none" or not m else float((total.double().var(1, correction=0) * (norm == "layer") + eps).rsqrt().max())
+    by = min(by, 1e-5**-0.5)
+    loss = (k + 8) * torch.finfo(torch.float32).eps * largest * by * gain * (1 + largest * by)
+    torch.testing.assert_close(normed, expected, rtol=torch.finfo(dtype).eps, atol=loss + 1e-7)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    st.data(), st.integers(0, 300), st.integers(1, 100), st.integers(1, 150), st.sampled_from(ops.ACTIVATIONS), FLOATS,
+    st.integers(0, 2**16),
+)  # fmt: skip
+def test_a_product_that_ends_in_codes_is_the_product_and_then_the_codes_to_the_last_bit(
+    isa: str, data: st.DataObject, m: int, k: int, n: int, activation: str, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    prepared = ops.quantize_rows(torch.randn(m, k, generator=generator), 8, False)
+    packed = (ops.pack_panels(weight), torch.rand(n, generator=generator) / 100, weight.sum(1, dtype=torch.int32))
+    args = (*prepared, *packed, torch.randn(n, generator=generator), n, activation, dtype)
+    how = data.draw(passes(m, n, dtype, generator))
+    apart = ops.normalize_rows(ops.linear_on("vnni", *args), *how)
+    for one, two in zip(ops.linear_rows_on(isa, *args, *how), apart, strict=True):
+        assert torch.equal(one, two)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("m", [1, 40, 1000])
+def test_results_do_not_depend_on_the_number_of_threads(isa: str, m: int) -> None:
+    x, weight = torch.randn(m, 96), torch.randint(-127, 128, (200, 96), dtype=torch.int8)
     threads = torch.get_num_threads()
+    panels, sums = ops.pack_panels(weight), weight.sum(1, dtype=torch.int32)
+    scale, residual = torch.rand(200), torch.randn(m, 200)
     results = []
     for number in (1, 2):
         torch.set_num_threads(number)
-        prepared = ops.quantize_rows(x, 8, False)
-        panels, sums = ops.pack_panels(weight), weight.sum(1, dtype=torch.int32)
-        scale = torch.rand(200, generator=torch.Generator().manual_seed(0))
-        results.append(ops.linear(*prepared, panels, scale, sums, None, 200, "gelu", torch.float32))
+        args = (*ops.quantize_rows(x, 8, False), panels, scale, sums, None, 200, "gelu", torch.float32)
+        passed = ops.linear_rows_on(isa, *args, residual, "layer", scale, None, 1e-5, 8, False, True, True)
+        results.append((ops.linear_on(isa, *args), *passed))
     torch.set_num_threads(threads)
-    assert torch.equal(*results)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ["vnni", "sse"])
+def test_an_environment_variable_chooses_the_instruction_set(isa: str) -> None:
+    code = (
+        "from fxquant.backend import kernels as k; from fxquant.backend.cpu import build; print(build.isa(), k.KERNELS[2].name)"
+    )
+    env = {**os.environ, "FXQUANT_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    if isa == "vnni":
+        assert done.stdout.split()[:3] == ["vnni", "int8", "VNNI"]
+    else:
+        assert "FXQUANT_CPU_ISA is 'sse'; one of vnni, amx is needed" in done.stderr
 
 
 @given(st.integers(1, 200), st.integers(1, 40))

@@ -1,10 +1,11 @@
-// Scaled dot-product attention for CPUs with AVX512, in float32 inside: softmax(q k^T scale + mask) v.
+// Scaled dot-product attention for CPUs with AVX512, in float32 inside: softmax(q k^T scale + mask) v. With AMX a band of queries
+// goes to attention_amx.cpp instead.
 //
 // A task is one head and a band of queries. Keys are copied as columns and values as float32 rows, once per task; six queries at
 // a time meet all their keys, so a row of scores is whole before its softmax: no rescaling, and the same sums on any number of
 // threads. The output is laid out [B, L, H, D], so that joining the heads afterwards is a view.
 
-#include "simd.h"
+#include "attention.h"
 
 #include <stdlib.h>
 
@@ -12,34 +13,9 @@ namespace {
 
 constexpr int QUERIES = 6, KEYS = 64;
 
-struct Attention {
-  const char *q, *k, *v, *mask;
-  char* out;
-  int dtype, mask_dtype;                 // of the mask: a Dtype, or 3 for bool; mask may be null
-  int64_t B, H, G, L, T, D;              // heads of q, heads of k and v
-  int64_t qb, qh, ql, kb, kh, kt, vb, vh, vt, mb, mh, ml, mt;  // strides in elements; the last axis is dense
-  int causal;
-  float scale;
-};
-
 struct Space {  // of one thread
   float *keys, *values, *scores, *queries;
 };
-
-inline __m512 mask_of(const Attention& a, const char* row, int64_t t, __mmask16 lanes) {
-  const __m512 off = _mm512_set1_ps(-INFINITY);
-  if (a.mask_dtype == 3) {
-    if (a.mt == 0) return row[0] ? _mm512_setzero_ps() : off;
-    __m128i bytes = _mm_maskz_loadu_epi8(lanes, row + t);
-    return _mm512_mask_mov_ps(off, _mm_test_epi8_mask(bytes, bytes), _mm512_setzero_ps());
-  }
-  if (a.mt == 0) {
-    alignas(64) float one[LANES];
-    _mm512_store_ps(one, load(row, a.mask_dtype, 1));
-    return _mm512_set1_ps(one[0]);
-  }
-  return load(row + t * element_size(a.mask_dtype), a.mask_dtype, lanes);
-}
 
 // Scores of MR queries with KEYS keys at `t`; columns beyond the end are zeros and are overwritten by the caller's softmax.
 template <int MR>
@@ -126,8 +102,7 @@ void queries(const Attention& a, const Space& space, int64_t b, int64_t h, int64
   const int64_t T = a.causal && l + MR < a.T ? l + MR : a.T;  // the keys that some of these queries see
   for (int64_t t = 0; t < T; t += KEYS) score<MR>(space.queries, space.keys + t * a.D, space.scores + t, padded, a.D);
   for (int i = 0; i < MR; i++) {
-    const char* mask = a.mask ? a.mask + (b * a.mb + h * a.mh + (l + i) * a.ml) * (a.mask_dtype == 3 ? 1 : element_size(a.mask_dtype)) : nullptr;
-    softmax(a, space.scores + i * padded, mask, a.causal && l + i + 1 < a.T ? l + i + 1 : a.T, (T + LANES - 1) / LANES * LANES);
+    softmax(a, space.scores + i * padded, mask_row(a, b, h, l + i), a.causal && l + i + 1 < a.T ? l + i + 1 : a.T, (T + LANES - 1) / LANES * LANES);
   }
   for (int64_t c = 0; c < width; c += 64) {
     const float* v = space.values + c;
@@ -183,26 +158,38 @@ extern "C" {
 
 // q [B, H, L, D], k and v [B, G, T, D] with H a multiple of G; returns 0, or 1 if there was no memory.
 int attention(const char* q, const char* k, const char* v, const char* mask, char* out, int dtype, int mask_dtype, const int64_t* sizes,
-              const int64_t* strides, int causal, float scale, int threads) {
+              const int64_t* strides, int causal, float scale, int amx, int threads) {
   Attention a = {q, k, v, mask, out, dtype, mask_dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
                  strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6], strides[7], strides[8],
                  strides[9], strides[10], strides[11], strides[12], causal, scale};
   const int64_t padded = (a.T + KEYS - 1) / KEYS * KEYS, width = (a.D + LANES - 1) / LANES * LANES;
   const int64_t floats = padded * a.D + padded * width + QUERIES * padded + 2 * QUERIES * width;
+  int64_t bytes = floats * sizeof(float), step = QUERIES;
+#ifdef WITH_AMX
+  if (amx) bytes = amx_attention_bytes(a), step = 16;
+#endif
   int64_t bands = 1;  // enough tasks for the threads, but copying keys and values must stay the smaller part
-  while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 8 * QUERIES) bands *= 2;
-  const int64_t height = ((a.L + bands - 1) / bands + QUERIES - 1) / QUERIES * QUERIES;
+  while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 48) bands *= 2;
+  const int64_t height = ((a.L + bands - 1) / bands + step - 1) / step * step;
+  const int64_t chunk = a.B >= 4 * threads ? a.H * bands : 1;  // neighbouring heads to one thread: they share cache lines and pages
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (a.B * a.H * a.L * a.T * a.D > 32768) reduction(| : failed)
   {
-    float* memory = (float*)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+    float* memory = (float*)aligned_alloc(64, (bytes + 63) / 64 * 64);
     failed = memory == nullptr;
     const Space space = {memory, memory + padded * a.D, memory + padded * a.D + padded * width,
                          memory + padded * a.D + padded * width + QUERIES * padded};
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < a.B * a.H * bands; task++) {
-      const int64_t first = task % bands * height, head = task / bands;
-      if (memory && first < a.L) band(a, space, head / a.H, head % a.H, first, a.L - first < height ? a.L - first : height);
+      const int64_t first = task % bands * height, head = task / bands, count = a.L - first < height ? a.L - first : height;
+      if (!memory || count <= 0) continue;
+#ifdef WITH_AMX
+      if (amx) {
+        amx_attention(a, (char*)memory, head / a.H, head % a.H, first, count);
+        continue;
+      }
+#endif
+      band(a, space, head / a.H, head % a.H, first, count);
     }
     free(memory);
   }

@@ -2,8 +2,9 @@
 
 At first use rather than at install: the wheel stays one pure-Python file for every platform, and neither it nor an sdist needs
 a compiler to be installed. It takes seconds, once per machine. Without a compiler, or on a CPU without AVX512-VNNI, the kernels
-that are written in PyTorch run instead, and ``explain`` says why. Safe for parallel processes: a library appears by an atomic
-rename. Only g++ by default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded.
+that are written in PyTorch run instead, and ``explain`` says why. What AMX is for is compiled where the CPU has it, and used
+unless ``FXQUANT_CPU_ISA=vnni`` says not to. Safe for parallel processes: a library appears by an atomic rename. Only g++ by
+default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded.
 """
 
 import ctypes
@@ -15,13 +16,23 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from .features import has_avx512, has_vnni
+from fxquant.errors import FxquantError
+
+from .features import has_amx, has_avx512, has_vnni
 
 FOLDER = Path(__file__).parent
-SOURCES = ("int8.cpp", "attention.cpp")
-HEADERS = ("simd.h",)
+HEADERS = ("simd.h", "activation.h", "linear.h", "rows.h", "attention.h", "tiles.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
+AMX = (*AVX512_VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-DWITH_AMX")
+PLAIN = ("int8.cpp", "rows.cpp", "activation.cpp", "attention.cpp")
+SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # of each instruction set: what is compiled, and how
+    "vnni": dict.fromkeys(PLAIN, AVX512_VNNI),
+    "amx": {
+        **dict.fromkeys(PLAIN, AVX512_VNNI),
+        **dict.fromkeys(("int8.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX),
+    },
+}
 
 
 class CannotBuild(Exception):
@@ -29,23 +40,44 @@ class CannotBuild(Exception):
 
 
 @lru_cache(1)
+def isa() -> str:
+    """The instruction set that the kernels use: "amx" or "vnni". Raises CannotBuild if there is no library for either."""
+    wanted = os.environ.get("FXQUANT_CPU_ISA", "")
+    if wanted not in ("", *SOURCES):
+        raise FxquantError(
+            f"FXQUANT_CPU_ISA is {wanted!r}; one of {', '.join(SOURCES)} is needed, or nothing for the best there is"
+        )
+    if wanted != "vnni" and has_amx():
+        try:
+            if _library("amx").amx_permission() == 0:
+                return "amx"
+        except CannotBuild:  # a compiler that is too old for AMX, perhaps
+            pass
+    _library("vnni")
+    return "vnni"
+
+
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises CannotBuild without a compiler, or if it fails."""
+    return _library(isa())
+
+
+@lru_cache(2)
+def _library(isa: str) -> ctypes.CDLL:
     if not (has_vnni() and has_avx512()):
         raise CannotBuild("this CPU has no AVX512-VNNI")
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if not compiler:
         raise CannotBuild("there is no C++ compiler: install g++, or set CXX")
-    command = [*compiler.split(), *FLAGS, *AVX512_VNNI]
-    text = b"".join((FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS))
-    name = hashlib.sha256(text + " ".join([*command, _version(compiler)]).encode()).hexdigest()[:24]
-    path = cache_folder() / f"cpu-{name}.so"
+    text = b"".join((FOLDER / name).read_bytes() for name in (*SOURCES[isa], *HEADERS))
+    name = hashlib.sha256(text + f"{compiler} {FLAGS} {SOURCES[isa]} {_version(compiler)}".encode()).hexdigest()[:24]
+    path = cache_folder() / f"cpu-{isa}-{name}.so"
     if path.exists():
         try:
             return ctypes.CDLL(str(path))
         except OSError:  # damaged, by a full disk perhaps
             path.unlink(missing_ok=True)
-    _compile(command, path)
+    _compile(compiler.split(), SOURCES[isa], path)
     return ctypes.CDLL(str(path))
 
 
@@ -71,13 +103,15 @@ def cache_folder() -> Path:
         raise CannotBuild("this user has no home folder; set FXQUANT_CACHE to a folder for the compiled kernels") from None
 
 
-def _compile(command: list[str], path: Path) -> None:
-    compiler = command[: command.index(FLAGS[0])]
+def _compile(compiler: list[str], sources: dict[str, tuple[str, ...]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder, "kernels.so")
-        objects = [f"{folder}/{name}.o" for name in SOURCES]
-        compile = [[*command, "-c", str(FOLDER / name), "-o", out] for name, out in zip(SOURCES, objects, strict=True)]
+        objects = [f"{folder}/{name}.o" for name in sources]
+        compile = [
+            [*compiler, *FLAGS, *flags, "-c", str(FOLDER / name), "-o", out]
+            for (name, flags), out in zip(sources.items(), objects, strict=True)
+        ]
         # Compiled with OpenMP and linked without it: its symbols are those of the runtime that PyTorch has loaded.
         steps = [*compile, [*compiler, "-shared", *objects, "-o", str(built)]]
         for step in steps:

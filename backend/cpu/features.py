@@ -11,3 +11,8 @@ def has_vnni() -> bool:
 def has_avx512() -> bool:
     """AVX512 with bytes and words, as the C++ kernels are compiled for."""
     return bool(torch.cpu._is_avx512_supported())
+
+
+def has_amx() -> bool:
+    """Tiles of u8 and s8, and of bfloat16, are multiplied by one instruction (AMX), and the operating system keeps them."""
+    return bool(torch.cpu._is_amx_tile_supported())

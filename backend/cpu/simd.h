@@ -52,4 +52,16 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
+// 2^x to 2 ulp, in the range of exponents of floats.
+inline __m512 power_of_two(__m512 x) {
+  __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.535336188e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.339887440e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618437357e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550332471e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402264791e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472029e-1f));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
+}
+
 }  // namespace

@@ -19,7 +19,6 @@ from ..cpu import build, ops
 from .kernel import Claim
 
 aten = torch.ops.aten
-NAME = "attention (AVX512, float32 inside)"
 FEWEST_QUERIES = 8  # keys are copied once per call, which fewer queries do not pay back
 
 
@@ -72,7 +71,7 @@ def supports(node: fx.Node) -> Claim | Miss:
         return Miss(f"the mask is {m.dtype} with {m.dim()} axes")
     if not isinstance(q.shape[2], int) or q.shape[2] < FEWEST_QUERIES:
         return Miss(f"{q.shape[2]} queries per head, {FEWEST_QUERIES} or more are needed, known while compiling")
-    return Claim(NAME)
+    return Claim("attention (AVX512, float32 inside)")
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, float, bool]:

@@ -1,4 +1,4 @@
-"""W8A8 on a CPU with AVX512-VNNI: our own C++ (cpu/int8.cpp), one pass to quantize a row, one product with a fused epilogue."""
+"""W8A8 on a CPU with AVX512-VNNI or AMX: our own C++ (cpu/int8.cpp), a product with a fused epilogue, one pass over a row."""
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from .kernel import Claim, Product, misfit
 class Int8VnniLinear:
     """Per-token or static per-tensor activations of up to 8 bits, symmetric per-channel weights of up to 8 bits."""
 
-    name = "int8 VNNI (u8 x s8, fused epilogue)"
     epilogues = ops.ACTIVATIONS[1:]
+
+    @property
+    def name(self) -> str:
+        """It says what multiplies: AMX where there is any, else AVX512-VNNI."""
+        return f"int8 {'AMX' if not build.why_not() and build.isa() == 'amx' else 'VNNI'} (u8 x s8, fused epilogue)"
 
     def supports(self, product: Product) -> Claim | Miss:
         x, w = product.activation, product.weight_spec
@@ -44,19 +48,19 @@ class Int8VnniLinear:
         return Claim(self.name)
 
     def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        """[N, K] -> panels int8 [N/64, K/4, 64, 4], scale float32 [N], row sums of the codes int32 [N]."""
+        """[N, K] -> panels int8 [N/64, K/4, 64, 4], K padded to 64, scale float32 [N], row sums of the codes int32 [N]."""
         qparams = spec.fit(weight)
         codes = spec.encode(weight, qparams)
         return ops.pack_panels(codes), qparams.scale.reshape(-1).to(torch.float32), codes.sum(1, dtype=torch.int32)
 
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        """[..., K] -> codes uint8 [..., K padded to 4], scale float32 and zero point int32, [..., 1] or []."""
+        """[..., K] -> codes uint8 [..., K padded to 64], scale float32 and zero point int32, [..., 1] or []."""
         if isinstance(spec.granularity, PerToken):
             assert isinstance(spec.format, IntAffine)
             return tuple(ops.quantize_rows(x, spec.format.bits, spec.format.symmetric))
         codes, scale, *rest = Int8Linear.prologue(self, x, spec)  # type: ignore[arg-type]  # it needs no self
         zero_point = rest[0] if rest else torch.full_like(scale, 128, dtype=torch.int32)
-        return pad(codes, (0, -x.shape[-1] % 4)), scale.to(torch.float32), zero_point
+        return pad(codes, (0, -x.shape[-1] % ops.DEPTH)), scale.to(torch.float32), zero_point
 
     def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor:
         y: Tensor = ops.linear(*prepared, *packed, bias, like.weight.shape[0], like.epilogue or "none", like.out_dtype)

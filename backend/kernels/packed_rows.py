@@ -36,4 +36,3 @@ def look_up(packed: tuple[Tensor, ...], indices: Tensor, spec: Spec, width: int,
     codes = spec.format.unpack(words[indices], width)
     granularity = spec.granularity if isinstance(spec.granularity, PerTensor | PerGroup) else PerToken()
     return spec.format.decode(codes, chosen, granularity, dtype)
-

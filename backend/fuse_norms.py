@@ -1,5 +1,6 @@
 """``quantize_rows(norm(x + residual))`` becomes one op that reads each row once; others read sum and norm from it too."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,20 +16,21 @@ from fxquant.graph.tidy import value
 from fxquant.patterns.canonical import erase
 from fxquant.patterns.linear import same_sizes
 
-from .row import WIDEST_NORM, layer_norm_quantize, rms_norm_quantize
+from .cpu import ops
+from .triton import row
 
 aten = torch.ops.aten
-QUANTIZE = torch.ops.fxquant.quantize_rows.default
+ON_GPU, ON_CPU = torch.ops.fxquant.quantize_rows.default, ops.quantize_rows
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 def fuse_norms(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
     """Fuse every ``quantize_rows`` with the norm, and the residual add, that it quantizes; in place. Returns why some were not.
 
-    A graph without ``quantize_rows``, as every graph on a CPU is, stays as it is.
+    A graph without rows that are quantized at run time stays as it is.
     """
     misses: list[Miss] = []
-    for quantize in list(gm.graph.find_nodes(op="call_function", target=QUANTIZE)):
+    for quantize in [n for target in (ON_GPU, ON_CPU) for n in gm.graph.find_nodes(op="call_function", target=target)]:
         match = _match(quantize)
         if isinstance(match, Miss):
             misses.append(match)
@@ -48,9 +50,26 @@ def _match(quantize: fx.Node) -> Match | Miss:
     for norm in (layer_norm, rms_norm):
         found = norm.match(rows)
         if isinstance(found, Match):
-            return found
+            return _runs(quantize, found) or found
         misses.append(found)
     return max(misses, key=lambda miss: miss.depth)  # the first of them, if they are equally near
+
+
+def _runs(quantize: fx.Node, match: Match) -> Miss | None:
+    """What only one of the two kernels asks for."""
+    x, norm = value(match.x), _norm(match)
+    if quantize.target is ON_GPU:
+        if not isinstance(x.shape[-1], int) or x.shape[-1] > row.WIDEST_NORM:
+            return Miss("'{}' has rows of {}, the kernel holds up to {}", norm, 0, (norm, x.shape[-1], row.WIDEST_NORM))
+        return None
+    if x.dtype not in ops.DTYPES:
+        return Miss("'{}' is {}; float32, bfloat16 or float16 is needed", norm, 0, (norm, x.dtype))
+    if len(_way(quantize)) > 2:
+        return Miss("'{}' is viewed in another shape before it is quantized", norm, 0, (norm,))
+    kinds = {value(n).dtype for name in ("weight", "bias") if (n := match.bindings.get(name)) is not None}
+    if len(kinds) > 1 or not kinds <= set(ops.DTYPES):
+        return Miss("the weight and the bias of '{}' are of the types {}; one is needed", norm, 0, (norm, kinds))
+    return None
 
 
 def _fits(match: Match) -> Miss | None:
@@ -60,8 +79,8 @@ def _fits(match: Match) -> Miss | None:
     size, axes = x.shape[-1], len(shape)
     if axes != 1:
         return Miss("'{}' normalises over {} axes, the kernel over the last one", norm, 0, (norm, axes))
-    if not isinstance(size, int) or size > WIDEST_NORM:
-        return Miss("'{}' has rows of {}, the kernel holds up to {}", norm, 0, (norm, size, WIDEST_NORM))
+    if not isinstance(size, int):
+        return Miss("'{}' has rows of {}, a fixed size is needed", norm, 0, (norm, size))
     if len(sums) != (match.residual is not None):
         return Miss("the residual of '{}' is spelled in {} additions", norm, 0, (norm, len(sums)))
     for node in (match.root, *sums, *([match.residual] if sums else [])):
@@ -102,21 +121,11 @@ def _write(gm: fx.GraphModule, quantize: fx.Node, match: Match) -> None:
     readers = [] if total is None else _readers(total, match)
     keep_sum = bool(readers)
     keep_norm = any(user not in way for node in way[1:] for user in node.users)
-    centered, eps, symmetric = _norm(match).target is aten.layer_norm.default, match.eps, quantize.args[1]
-    flags = (eps, symmetric, keep_sum, keep_norm)
-
-    def fused(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        flat = x.reshape(-1, x.shape[-1])
-        added = None if residual is None else residual.reshape(-1, x.shape[-1])
-        if centered:
-            *codes, kept_sum, kept_norm = layer_norm_quantize(flat, added, weight, bias, *flags)
-        else:
-            *codes, kept_sum, kept_norm = rms_norm_quantize(flat, added, weight, *flags)
-        kept = ((keep_sum, kept_sum), (keep_norm, kept_norm))
-        return [*codes, *(rows.view(x.shape) for wanted, rows in kept if wanted)]
-
+    centered = _norm(match).target is aten.layer_norm.default
+    fused = FUSED[quantize.target](centered, match.eps, keep_sum, keep_norm, *quantize.args[1:])
+    memo = ("fuse_norms", quantize.target, centered, match.eps, keep_sum, keep_norm, *quantize.args[1:])
     operands = (match.x, match.residual, match.weight, match.bindings.get("bias"))
-    new = splice(gm, _place(match), fused, *operands, memo=("fuse_norms", centered, *flags))
+    new = splice(gm, _place(match), fused, *operands, memo=memo)
     if total is not None and keep_sum:
         total.replace_all_uses_with(new[3], delete_user_cb=lambda user: user in readers)
     if keep_norm:
@@ -127,6 +136,35 @@ def _write(gm: fx.GraphModule, quantize: fx.Node, match: Match) -> None:
     erase(gm, quantize)
     if not normed._erased and not normed.users:
         erase(gm, normed)
+
+
+Fused = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], list[Tensor]]
+"""x, residual, weight, bias -> codes, scale, zero point, and what is kept: the sum, the norm."""
+
+
+def _on_gpu(centered: bool, eps: float, keep_sum: bool, keep_norm: bool, symmetric: bool = True) -> Fused:
+    def fused(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        flat, flags = x.reshape(-1, x.shape[-1]), (eps, symmetric, keep_sum, keep_norm)
+        added = None if residual is None else residual.reshape(-1, x.shape[-1])
+        if centered:
+            *codes, total, normed = row.layer_norm_quantize(flat, added, weight, bias, *flags)
+        else:
+            *codes, total, normed = row.rms_norm_quantize(flat, added, weight, *flags)
+        return [*codes, *(rows.view(x.shape) for wanted, rows in ((keep_sum, total), (keep_norm, normed)) if wanted)]
+
+    return fused
+
+
+def _on_cpu(centered: bool, eps: float, keep_sum: bool, keep_norm: bool, bits: int, symmetric: bool) -> Fused:
+    def fused(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+        flags = ("layer" if centered else "rms", weight, bias, eps, bits, symmetric, keep_sum, keep_norm)
+        *codes, total, normed = ops.normalize_rows(x, residual, *flags)
+        return [*codes, *(rows for wanted, rows in ((keep_sum, total), (keep_norm, normed)) if wanted)]
+
+    return fused
+
+
+FUSED: dict[Any, Callable[..., Fused]] = {ON_GPU: _on_gpu, ON_CPU: _on_cpu}
 
 
 def _way(quantize: fx.Node) -> list[fx.Node]:

@@ -1,0 +1,42 @@
+// What attention is given: one description for both instruction sets.
+
+#pragma once
+#include "simd.h"
+
+struct Attention {
+  const char *q, *k, *v, *mask;
+  char* out;
+  int dtype, mask_dtype;                 // of the mask: a Dtype, or 3 for bool; mask may be null
+  int64_t B, H, G, L, T, D;              // heads of q, heads of k and v
+  int64_t qb, qh, ql, kb, kh, kt, vb, vh, vt, mb, mh, ml, mt;  // strides in elements; the last axis is dense
+  int causal;
+  float scale;
+};
+
+// Queries `first` to `first + count` of one head on AMX, in `amx_attention_bytes` of memory; attention_amx.cpp.
+void amx_attention(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count);
+int64_t amx_attention_bytes(const Attention& a);
+
+namespace {
+
+inline __m512 mask_of(const Attention& a, const char* row, int64_t t, __mmask16 lanes) {
+  const __m512 off = _mm512_set1_ps(-INFINITY);
+  if (a.mask_dtype == 3) {
+    if (a.mt == 0) return row[0] ? _mm512_setzero_ps() : off;
+    __m128i bytes = _mm_maskz_loadu_epi8(lanes, row + t);
+    return _mm512_mask_mov_ps(off, _mm_test_epi8_mask(bytes, bytes), _mm512_setzero_ps());
+  }
+  if (a.mt == 0) {
+    alignas(64) float one[LANES];
+    _mm512_store_ps(one, load(row, a.mask_dtype, 1));
+    return _mm512_set1_ps(one[0]);
+  }
+  return load(row + t * element_size(a.mask_dtype), a.mask_dtype, lanes);
+}
+
+// The row of the mask that belongs to one query, or null.
+inline const char* mask_row(const Attention& a, int64_t b, int64_t h, int64_t l) {
+  return a.mask ? a.mask + (b * a.mb + h * a.mh + l * a.ml) * (a.mask_dtype == 3 ? 1 : element_size(a.mask_dtype)) : nullptr;
+}
+
+}  // namespace

@@ -1,0 +1,57 @@
+// What an integer linear layer is given, and its epilogue: the same on every instruction set, so the same results to the last bit.
+//
+// Weights come as panels of 64 outputs, packed[N/64][K/4][64][4]: four registers of one vpdpbusd step, or rows of four AMX tiles.
+// K is padded to a multiple of 64 with zeros, the depth of a tile, and N to a multiple of 64.
+
+#pragma once
+#include "activation.h"
+
+constexpr int PANEL = 64, DEPTH = 64;
+
+struct Linear {
+  const uint8_t* codes;                                      // [M, K], zeros or not where K is padding: the weight is zero there
+  const float* scale; const int32_t* zero; int64_t per_row;  // [M] each, or one for all rows (per_row = 0)
+  const int8_t* weight; const float* weight_scale; const int32_t* sums;
+  const char* bias; int bias_dtype;
+  char* out; int64_t stride; int dtype; int activation;       // row m begins at element m * stride
+  int64_t M, N, K;
+};
+
+// Rows m to m + count times the panels `first` to `last`, on AMX; int8_amx.cpp.
+void amx_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last);
+
+namespace {
+
+struct Columns {  // what the epilogue needs for sixteen outputs
+  __m512 scale, bias;
+  __m512i sums;
+  __mmask16 lanes;  // none beyond N
+};
+
+inline Columns columns(const Linear& a, int64_t n) {
+  const __mmask16 lanes = n < a.N ? tail(a.N - n) : 0;
+  const __m512 bias = a.bias ? load(a.bias + n * element_size(a.bias_dtype), a.bias_dtype, lanes) : _mm512_setzero_ps();
+  return {_mm512_maskz_loadu_ps(lanes, a.weight_scale + n), bias, _mm512_maskz_loadu_epi32(lanes, a.sums + n), lanes};
+}
+
+// act((exact - zero sums) scale weight_scale + bias), exact up to the subtraction.
+template <int ACTIVATION>
+inline void finish(const Linear& a, __m512i exact, int64_t m, int64_t n, const Columns& c) {
+  const int64_t row = m * a.per_row;
+  __m512i product = _mm512_sub_epi32(exact, _mm512_mullo_epi32(c.sums, _mm512_set1_epi32(a.zero[row])));
+  __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_set1_ps(a.scale[row]));
+  y = activate<ACTIVATION>(_mm512_fmadd_ps(y, c.scale, c.bias));
+  store(a.out + (m * a.stride + n) * element_size(a.dtype), y, a.dtype, c.lanes);
+}
+
+}  // namespace
+
+// The activation is a template's argument, so that no loop asks for it.
+#define WITH_ACTIVATION(activation, call)          \
+  switch (activation) {                            \
+    case GELU: { constexpr int A = GELU; call; break; }           \
+    case GELU_TANH: { constexpr int A = GELU_TANH; call; break; } \
+    case SILU: { constexpr int A = SILU; call; break; }           \
+    case RELU: { constexpr int A = RELU; call; break; }           \
+    default: { constexpr int A = NONE; call; }                    \
+  }

@@ -1,0 +1,42 @@
+// What happens to a whole row between two products: add the shortcut, normalise, quantize per token; each row is read once.
+
+#pragma once
+#include "simd.h"
+
+#include <stdlib.h>
+
+enum Norm { NO_NORM = 0, LAYER_NORM = 1, RMS_NORM = 2 };
+
+struct Rows {
+  const char *residual, *gain, *shift;  // [M, K] and [K] twice, each may be null
+  int dtype, gain_dtype, norm;
+  float eps;
+  char *total, *normed;                 // [M, K], what others read too; each may be null
+  uint8_t* codes;                       // [M, stride], zeros from K
+  float* scale;
+  int32_t* zero;
+  int64_t K, stride;
+  int largest, symmetric;
+};
+
+// Row m, whose numbers (of r.dtype) are at x; `space` holds K floats, rounded up to 16. rows.cpp.
+void pass_row(const Rows& r, const char* x, int64_t m, float* space);
+
+namespace {
+
+struct Space {  // memory of one thread, kept from call to call: fresh pages cost more than the arithmetic on them
+  char* at = nullptr;
+  size_t size = 0;
+  char* take(size_t bytes) {
+    if (bytes > size) {
+      free(at);
+      size = (bytes + 4095) / 4096 * 4096;
+      at = (char*)aligned_alloc(64, size);
+      if (!at) size = 0;
+    }
+    return at;
+  }
+  ~Space() { free(at); }
+};
+
+}  // namespace
