@@ -158,7 +158,7 @@ def _on_gpu(centered: bool, eps: float, keep_sum: bool, keep_norm: bool, symmetr
 def _on_cpu(centered: bool, eps: float, keep_sum: bool, keep_norm: bool, bits: int, symmetric: bool) -> Fused:
     def fused(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
         flags = ("layer" if centered else "rms", weight, bias, eps, bits, symmetric, keep_sum, keep_norm)
-        *codes, total, normed = ops.normalize_rows(x, residual, *flags)
+        *codes, total, normed = ops.normalize_rows(x, residual, None, *flags)
         return [*codes, *(rows for wanted, rows in ((keep_sum, total), (keep_norm, normed)) if wanted)]
 
     return fused

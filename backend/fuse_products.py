@@ -5,6 +5,7 @@ The result of the product is finished, row by row, while it is in the cache: it 
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxquant.graph.fuel import Fuel
@@ -16,10 +17,20 @@ from fxquant.patterns.linear import same_sizes
 
 from .cpu import ops
 
+aten = torch.ops.aten
+
+aten = torch.ops.aten
+
 
 def fuse_products(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
     """Fuse every op that quantizes rows with the product whose rows they are; in place. Returns why some were not."""
     misses: list[Miss] = []
+    for rows in gm.graph.find_nodes(op="call_function", target=ops.normalize_rows):
+        shortcut = _scaled_shortcut(rows)
+        if shortcut is not None and fuel.take(f"fuse {rows.name} with the scale of its residual"):
+            other = rows.args[1] if shortcut is rows.args[0] else rows.args[0]
+            rows.args = (other, *shortcut.args, *rows.args[3:])
+            erase(gm, shortcut)
     for target in (ops.quantize_rows, ops.normalize_rows):
         for rows in list(gm.graph.find_nodes(op="call_function", target=target)):
             product = _product(rows)
@@ -46,23 +57,40 @@ def _product(rows: fx.Node) -> fx.Node | Miss:
 
 
 def _operands(rows: fx.Node) -> list[fx.Node]:
-    """What is added, or the one thing that is quantized."""
-    return [n for n in (rows.args[:2] if rows.target is ops.normalize_rows else rows.args[:1]) if isinstance(n, fx.Node)]
+    """What is added, a residual with a scale left out; or the one thing that is quantized."""
+    both = rows.target is ops.normalize_rows and rows.args[2] is None
+    return [n for n in rows.args[: 1 + both] if isinstance(n, fx.Node)]
+
+
+def _scaled_shortcut(rows: fx.Node) -> fx.Node | None:
+    """What is added, if it is a product with one number per channel that nobody else reads: all that is left of a transform."""
+    if rows.args[1] is None or rows.args[2] is not None:
+        return None
+    for node in rows.args[1::-1]:
+        if not isinstance(node, fx.Node) or node.target is not aten.mul.Tensor or len(node.users) > 1:
+            continue
+        x, s = node.args
+        if not (isinstance(x, fx.Node) and isinstance(s, fx.Node)):
+            continue
+        types, shape = {value(n).dtype for n in (x, s, node)}, value(node).shape
+        if len(types) == 1 and same_sizes(value(x).shape, shape) and same_sizes(value(s).shape, shape[-1:]):
+            return node
+    return None
 
 
 def _write(gm: fx.GraphModule, rows: fx.Node, product: fx.Node) -> None:
-    residual = next((n for n in _operands(rows) if n is not product), None)
-    quantized: Any = rows.args[1:] if rows.target is ops.quantize_rows else rows.args[6:8]
-    way: Any = rows.args[2:6] if rows.target is ops.normalize_rows else ("none", None, None, 0.0)
-    keep: Any = rows.args[8:] if rows.target is ops.normalize_rows else (False, False)
-    norm, weight, bias, eps = way
-    flags = (eps, *quantized, *keep)
+    residual, scale, norm, weight, bias, eps = None, None, "none", None, None, 0.0
+    flags: Any = (*rows.args[1:], False, False)
+    if rows.target is ops.normalize_rows:
+        scale, norm, weight, bias, eps, *flags = rows.args[2:]
+        residual = rows.args[1] if product is rows.args[0] else rows.args[0]
 
-    def fused(product: Any, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-        return list(ops.linear_rows(*product, residual, norm, weight, bias, *flags))
+    def fused(product: Any, *rest: Tensor | None) -> list[Tensor]:
+        residual, scale, weight, bias = rest
+        return list(ops.linear_rows(*product, residual, scale, norm, weight, bias, eps, *flags))
 
-    memo = ("fuse_products", norm, *flags)
-    new = splice(gm, rows, fused, list(product.args), residual, weight, bias, memo=memo)
+    memo = ("fuse_products", norm, eps, *flags)
+    new = splice(gm, rows, fused, list(product.args), residual, scale, weight, bias, memo=memo)
     for user in list(rows.users):
         user.replace_all_uses_with(new[user.args[1]])
         gm.graph.erase_node(user)

@@ -115,6 +115,6 @@ def test_the_pipeline_uses_it_where_there_are_queries_enough(tmp_path: Path) -> 
         model.compile(backend="outlierq", options={"inductor": False, "trace": str(folder)})
         q = torch.randn(1, 2, queries, 16)
         expected = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-        torch.testing.assert_close(model(q, q, q), expected)
+        assert (model(q, q, q) - expected).abs().max() <= bound(build.isa(), q, q, q, 1 / math.sqrt(16))
         (lowered,) = folder.glob("*/*_lowered.py")
         assert ("fxquant.attention" in lowered.read_text()) == used

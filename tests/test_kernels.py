@@ -167,9 +167,11 @@ def passes(draw: st.DrawFn, rows: int, inner: int, dtype: torch.dtype, generator
     make = lambda *size: torch.randn(*size, generator=generator).to(dtype)  # noqa: E731
     norm, symmetric = draw(st.sampled_from(ops.NORMS)), draw(st.booleans())
     residual = make(rows, inner) if draw(st.booleans()) else None
+    scale = make(inner) if residual is not None and draw(st.booleans()) else None
     weight, bias = (make(inner) if norm != "none" and draw(st.booleans()) else None for _ in range(2))
     bias = None if norm == "rms" else bias
-    return residual, norm, weight, bias, 1e-5, draw(st.integers(2, 8)), symmetric, draw(st.booleans()), draw(st.booleans())
+    kept = draw(st.booleans()), draw(st.booleans())
+    return residual, scale, norm, weight, bias, 1e-5, draw(st.integers(2, 8)), symmetric, *kept
 
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -180,8 +182,8 @@ FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_is_added_normalised_and_quantized(data: st.DataObject, m: int, k: int, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator).to(dtype)
-    residual, norm, weight, bias, eps, bits, symmetric, _, _ = data.draw(passes(m, k, dtype, generator))
-    how = (residual, norm, weight, bias, eps, bits, symmetric, True, True)
+    residual, scale, norm, weight, bias, eps, bits, symmetric, _, _ = data.draw(passes(m, k, dtype, generator))
+    how = (residual, scale, norm, weight, bias, eps, bits, symmetric, True, True)
     *codes, total, normed = ops.normalize_rows(x, *how)
     *_, expected_total, expected = ops.normalize_rows_reference(x, *how)
     assert torch.equal(total, expected_total)
@@ -228,7 +230,7 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str, m: int) -> Non
     for number in (1, 2):
         torch.set_num_threads(number)
         args = (*ops.quantize_rows(x, 8, False), panels, scale, sums, None, 200, "gelu", torch.float32)
-        passed = ops.linear_rows_on(isa, *args, residual, "layer", scale, None, 1e-5, 8, False, True, True)
+        passed = ops.linear_rows_on(isa, *args, residual, scale, "layer", scale, None, 1e-5, 8, False, True, True)
         results.append((ops.linear_on(isa, *args), *passed))
     torch.set_num_threads(threads)
     for one, two in zip(*results, strict=True):

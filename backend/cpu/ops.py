@@ -30,13 +30,13 @@ _library.define(
     "int out_features, str activation, ScalarType dtype) -> Tensor"
 )
 _library.define(
-    "normalize_rows_u8(Tensor x, Tensor? residual, str norm, Tensor? weight, Tensor? bias, float eps, int bits, "
-    "bool symmetric, bool keep_sum, bool keep_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "normalize_rows_u8(Tensor x, Tensor? residual, Tensor? residual_scale, str norm, Tensor? weight, Tensor? bias, float eps, "
+    "int bits, bool symmetric, bool keep_sum, bool keep_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "linear_rows_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor sums, "
-    "Tensor? bias, int out_features, str activation, ScalarType dtype, Tensor? residual, str norm, Tensor? norm_weight, "
-    "Tensor? norm_bias, float eps, int bits, bool symmetric, bool keep_sum, bool keep_norm) "
+    "Tensor? bias, int out_features, str activation, ScalarType dtype, Tensor? residual, Tensor? residual_scale, str norm, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps, int bits, bool symmetric, bool keep_sum, bool keep_norm) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor")
@@ -74,6 +74,7 @@ def quantize_rows_reference(x: Tensor, bits: int, symmetric: bool) -> Codes:
 def normalize_rows_reference(
     x: Tensor,
     residual: Tensor | None,
+    residual_scale: Tensor | None,
     norm: str,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -83,8 +84,12 @@ def normalize_rows_reference(
     keep_sum: bool,
     keep_norm: bool,
 ) -> Passed:
-    """``quantize(norm(x + residual))``, with the sum and the norm rounded to the dtype of ``x``."""
-    total, size = x if residual is None else x + residual, x.shape[-1:]
+    """``quantize(norm(x + residual * residual_scale))``, with the sum and the norm rounded to the dtype of ``x``.
+
+    ``residual`` [..., K] and its scale [K] have the dtype of ``x``; ``weight`` and ``bias`` of the norm are [K] in any one.
+    """
+    added = residual if residual is None or residual_scale is None else residual * residual_scale
+    total, size = x if added is None else x + added, x.shape[-1:]
     gain, shift = (None if t is None else t.double() for t in (weight, bias))
     wide = total.double()
     if norm == "layer":
@@ -131,7 +136,7 @@ class _Rows(ctypes.Structure):
     """``struct Rows`` of rows.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("residual", "gain", "shift")),
+        *((name, ctypes.c_void_p) for name in ("residual", "scaled_by", "gain", "shift")),
         *((name, ctypes.c_int) for name in ("dtype", "gain_dtype", "norm")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("total", "normed", "codes", "scale", "zero")),
@@ -145,6 +150,7 @@ def _pass(
     shape: Sequence[int],
     dtype: torch.dtype,
     residual: Tensor | None,
+    residual_scale: Tensor | None,
     norm: str,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -156,13 +162,14 @@ def _pass(
 ) -> tuple[_Rows, Passed]:
     """What C++ is told of rows of ``shape`` and ``dtype``, and where it writes. Keep the tensors given alive until it has."""
     out = _empty_rows(like, shape, dtype, keep_sum, keep_norm)
-    for given, size in ((residual, tuple(shape)), (weight, tuple(shape[-1:])), (bias, tuple(shape[-1:]))):
+    channels = tuple(shape[-1:])
+    for given, size in ((residual, tuple(shape)), (residual_scale, channels), (weight, channels), (bias, channels)):
         if given is not None and (tuple(given.shape) != size or not given.is_contiguous()):
             raise FxquantError(f"rows of shape {list(shape)} meet {list(given.shape)}; {list(size)}, contiguous, is needed")
     codes, scale, zero_point, total, normed = (t.data_ptr() for t in out)
     gain_dtype = next((DTYPES[t.dtype] for t in (weight, bias) if t is not None), 0)
     rows = _Rows(
-        *(None if t is None else t.data_ptr() for t in (residual, weight, bias)),
+        *(None if t is None else t.data_ptr() for t in (residual, residual_scale, weight, bias)),
         DTYPES[dtype], gain_dtype, NORMS.index(norm), eps,
         total if keep_sum else None, normed if keep_norm else None, codes, scale, zero_point,
         shape[-1], out[0].shape[-1], 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1, symmetric,
@@ -190,17 +197,23 @@ def _quantize_rows(x: Tensor, bits: int, symmetric: bool) -> Codes:
     if x.dtype not in DTYPES:
         return quantize_rows_reference(x, bits, symmetric)
     x = x.contiguous()
-    rows, out = _pass(x, x.shape, x.dtype, None, "none", None, None, 0.0, bits, symmetric, False, False)
+    rows, out = _pass(x, x.shape, x.dtype, None, None, "none", None, None, 0.0, bits, symmetric, False, False)
     _run_rows(x, rows, out[1].numel())
     return out[:3]
 
 
 def _normalize_rows(
-    x: Tensor, residual: Tensor | None, norm: str, weight: Tensor | None, bias: Tensor | None, *how: Any
+    x: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *how: Any,
 ) -> Passed:
-    x = x.contiguous()
-    residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
-    rows, out = _pass(x, x.shape, x.dtype, residual, norm, weight, bias, *how)
+    x, given = x.contiguous(), (residual, residual_scale, weight, bias)
+    residual, residual_scale, weight, bias = (None if t is None else t.contiguous() for t in given)
+    rows, out = _pass(x, x.shape, x.dtype, residual, residual_scale, norm, weight, bias, *how)
     _run_rows(x, rows, out[1].numel())
     return out
 
@@ -237,6 +250,7 @@ def linear_rows_on(
     activation: str,
     dtype: torch.dtype,
     residual: Tensor | None,
+    residual_scale: Tensor | None,
     norm: str,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -247,9 +261,10 @@ def linear_rows_on(
     keep_norm: bool,
 ) -> Passed:
     """``linear_rows`` on the instruction set ``isa``; the same to the last bit."""
-    residual, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (residual, norm_weight, norm_bias))
+    given = (residual, residual_scale, norm_weight, norm_bias)
+    residual, residual_scale, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in given)
     shape = (*codes.shape[:-1], out_features)
-    how = (residual, norm, norm_weight, norm_bias, eps, bits, symmetric, keep_sum, keep_norm)
+    how = (residual, residual_scale, norm, norm_weight, norm_bias, eps, bits, symmetric, keep_sum, keep_norm)
     rows, out = _pass(codes, shape, dtype, *how)
     _multiply(codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation, dtype, None, rows, isa)
     return out
@@ -365,7 +380,7 @@ def _linear_rows(*args: Any) -> Passed:
 
 
 def _attention(*args: Any) -> Tensor:
-    return attention_on("vnni", *args)  # in pairs of bfloat16 MiniLM's last state was off by 0.0519, in float32 by 0.0509
+    return attention_on(build.isa(), *args)
 
 
 _library.impl("quantize_rows_u8", _quantize_rows, "CPU")

@@ -81,7 +81,11 @@ void pass_row(const Rows& r, const char* x, int64_t m, float* space) {
   for (int64_t k = 0; k < r.K; k += LANES) {
     const __mmask16 lanes = tail(r.K - k);
     __m512 v = load(x + k * size, r.dtype, lanes);
-    if (r.residual) v = rounded(_mm512_add_ps(v, load(r.residual + (m * r.K + k) * size, r.dtype, lanes)), r.dtype);
+    if (r.residual) {
+      __m512 other = load(r.residual + (m * r.K + k) * size, r.dtype, lanes);
+      if (r.scaled_by) other = rounded(_mm512_mul_ps(other, load(r.scaled_by + k * size, r.dtype, lanes)), r.dtype);
+      v = rounded(_mm512_add_ps(v, other), r.dtype);
+    }
     if (r.total) store(r.total + (m * r.K + k) * size, v, r.dtype, lanes);
     if (r.normed && r.norm == NO_NORM) store(r.normed + (m * r.K + k) * size, v, r.dtype, lanes);
     _mm512_store_ps(space + k, v);

@@ -8,7 +8,8 @@
 enum Norm { NO_NORM = 0, LAYER_NORM = 1, RMS_NORM = 2 };
 
 struct Rows {
-  const char *residual, *gain, *shift;  // [M, K] and [K] twice, each may be null
+  const char *residual, *scaled_by;     // [M, K] and, in the same dtype, [K]; each may be null
+  const char *gain, *shift;             // [K], each may be null
   int dtype, gain_dtype, norm;
   float eps;
   char *total, *normed;                 // [M, K], what others read too; each may be null
