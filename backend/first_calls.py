@@ -1,7 +1,7 @@
 """Calibration on the first calls: ``options={"calibration_steps": n}`` runs the float graph n times, then the quantized one."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class _Replay(Runner):
 
     def run(
         self, title: str, parts: int | None = None, gradients: bool = False
-    ) -> Iterable[tuple[Any, dict[str, Tensor]]]:
+    ) -> Generator[Output, None, None]:
         with torch.set_grad_enabled(gradients):
             for args in self._calls[:parts]:
                 self.session.masks = {name: args[i] for i, name in self._of.items() if args[i].ndim == 2}
