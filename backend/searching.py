@@ -60,9 +60,10 @@ def search(
     runner.session.enter(simulating)
     if searched:
         bits = min(edges[key].spec.format.bits for key in searched)
-        ratio, losses = _ratio(runner, quantizers, wanted, ranges_at, TokenWise.candidates(bits, BATCH, LENGTH), progress)
-        notes |= {"token ratio": ratio, "losses by ratio": {f"{r:.4g}": losses[r] for r in sorted(losses, reverse=True)}}
-        ranges, loss = ranges_at(ratio), losses[ratio]
+        candidates = TokenWise.candidates(bits, BATCH, LENGTH)
+        ratio, by_ratio = _ratio(runner, quantizers, wanted, ranges_at, candidates, progress)
+        notes |= {"token ratio": ratio, "losses by ratio": {f"{r:.4g}": by_ratio[r] for r in sorted(by_ratio, reverse=True)}}
+        ranges, loss = ranges_at(ratio), by_ratio[ratio]
     if learned:
         _set(quantizers, ranges)
         losses = [_loss(runner, wanted, "before learning") if loss is None else loss]

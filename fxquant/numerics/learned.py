@@ -117,7 +117,7 @@ class LSQPlus(_OfMoments):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Rounding to a grid as the head of this file has it; keeps its input and its result alone, and is fast without a compiler."""
+    """Rounding to a grid as the head of this file has it; keeps its input and its result alone, and needs no compiler."""
 
     @staticmethod
     def forward(
@@ -134,8 +134,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         (g,), (blocks, value, scale, zero) = gradients, ctx.saved_tensors
         x = blocks.to(value.dtype)
-        code = (x * scale.reciprocal()).round_()
-        inside = code.ge(ctx.grid.qmin - (0 if zero is None else zero)) & code.le(ctx.grid.qmax - (0 if zero is None else zero))
+        code = (x * scale.reciprocal()).round_().add_(0 if zero is None else zero)
+        inside = code.ge(ctx.grid.qmin) & code.le(ctx.grid.qmax)
         g_inside = g * inside
         # d out / d log(scale) = out - x inside the grid, out beyond it
         of_log = ((value * g).sum_to_size(scale.shape) - (x * g_inside).sum_to_size(scale.shape)) * ctx.damping
