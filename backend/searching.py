@@ -1,9 +1,9 @@
-"""From what the observers saw to ranges: one token ratio for the whole network, then scales learned on the output's error.
+"""From what the observers saw to ranges: one token ratio for the whole network, then a range of each site's own.
 
-Outlier Suppression (Wei et al., 2022), section 4.2. The coarse stage looks for one ratio in a grid; here candidates drop out in
-rounds on more and more data (successive halving) rather than all running on all of it. The fine stage learns log-scales and
-zero points, so that steps are relative to the scale: at the paper's absolute rate of 1e-5 hardly anything moves. Weights are
-rounded throughout, as they will be.
+Outlier Suppression (Wei et al., 2022), section 4.2. The coarse stage looks for one ratio in the paper's grid, here from coarse
+to fine and on a part of the data first. The fine stage learns scales there, by Adam on the output's error; here every site takes
+the range that is best for the output to first order (sensing.py), if that is better. Adam is for observers that are learned.
+Weights are rounded throughout, as they will be.
 """
 
 import math
