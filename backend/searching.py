@@ -1,8 +1,8 @@
 """From what the observers saw to ranges: one token ratio for the whole network, then a range of each site's own.
 
 Outlier Suppression (Wei et al., 2022), section 4.2. The coarse stage looks for one ratio in the paper's grid, here from coarse
-to fine and on a part of the data first. The fine stage learns scales there, by Adam on the output's error; here every site takes
-the range that is best for the output to first order (sensing.py), if that is better. Adam is for observers that are learned.
+to fine and on a part of the data first. The fine stage there learns scales, by Adam on the output's error; here every site takes
+the range that is best for the output to first order (sensing.py), if all of them are better. LSQ and LSQ+ learn by Adam.
 Weights are rounded throughout, as they will be.
 """
 
