@@ -1,7 +1,7 @@
 """From what the observers saw to ranges: one token ratio for the whole network, then a range of each site's own.
 
 Outlier Suppression (Wei et al., 2022), section 4.2. The coarse stage looks for one ratio in the paper's grid, here from coarse
-to fine and on a part of the data first. The fine stage there learns scales, by Adam on the output's error; here every site takes
+to fine and on a part of the data first. The fine stage there learns scales, by Adam on the output's error; here each site takes
 the range that is best for the output to first order (sensing.py), if all of them are better. LSQ and LSQ+ learn by Adam.
 Weights are rounded throughout, as they will be.
 """

@@ -47,8 +47,10 @@ def cost(lengths: str, preset: str) -> dict[str, float]:
     else:
         with torch.no_grad():
             model(**max(data, key=lambda batch: batch["input_ids"].shape[1]))
-    seconds, used = time.perf_counter() - start, time.process_time() - used
-    return {"seconds": seconds, "processor seconds": used, "peak [MB]": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    seconds = time.perf_counter() - start
+    used = time.process_time() - used
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": seconds, "processor seconds": used, "peak [MB]": peak}
 
 
 def in_fresh_process(lengths: str, preset: str) -> dict[str, float]:
