@@ -1,16 +1,16 @@
 """Calibration in one page: capture once, then run the data through one stage of the graphs after another.
 
     measured    once per transform that needs data: what the inputs of linears look like, from which it chooses its map
-    observed    the transforms written, an observer on every static edge
-    float       the outputs to stay close to, if something is to be searched or learned
+    observed    the transforms written, an observer on every static edge; its outputs are those to stay close to
     simulated   everything rounded, the ranges adjustable: the search for one token ratio, then learning (searching.py)
+    sensed      in floating point and back: what the output makes of every value, for a range of each site's own (sensing.py)
 
 Weights are folded in every stage, so that a pass costs what the float model costs and a little more.
 """
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -303,6 +303,8 @@ class SimulatingStage(Stage):
 # ---- running the data ---------------------------------------------------------------------------------------------------
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+Output = tuple[Any, dict[str, Tensor]]
+"""What the model returned, and the padding masks of the call."""
 
 
 class Runner:
@@ -319,7 +321,7 @@ class Runner:
         """Into how many parts the data can be cut: the number of batches, 1 for a callable."""
         return 1 if callable(self._data) else len(self._data)
 
-    def run(self, title: str, parts: int | None = None, gradients: bool = False) -> Iterable[tuple[Any, dict[str, Tensor]]]:
+    def run(self, title: str, parts: int | None = None, gradients: bool = False) -> Generator[Output, None, None]:
         """Yields every output of the model with the padding masks of its call; the first ``parts`` batches alone if given."""
         seen: list[tuple[Any, dict[str, Tensor]]] = []
 
@@ -411,7 +413,7 @@ def _field(output: Any, name: str) -> Any:
 
 def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> Plan:
     """Run all stages and put together what they found."""
-    from .searching import search  # it needs the stages above
+    from .searching import search, searches  # they need the stages above
 
     session = runner.session
     notes: dict[str, str] = {}
@@ -428,12 +430,14 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
 
     observing = ObservingStage(session, maps)
     session.enter(observing)
+    wanted, keep = [], searches(recipe)
     with watching(observing):
-        for _ in runner.run("observing"):
-            pass
+        for output in runner.run("observing"):
+            if keep:  # the transforms are exact, so these are the outputs of the model as it was
+                wanted.append(compared(*output))
     if not session.graphs:
         raise CalibrationError("the model ran and no graph of it was captured; is it inside torch.compiler.disable()?")
-    ranges, found = search(runner, observing, maps, progress)
+    ranges, found = search(runner, observing, maps, wanted, progress, seed)
     tensors = {f"{need}/{name}/{site}": t for name, m in maps.items() for need, sites in m.items() for site, t in sites.items()}
     for key, (low, high) in ranges.items():
         tensors |= {f"low/{key}": low, f"high/{key}": high}

@@ -1,7 +1,7 @@
 """Calibration on the first calls: ``options={"calibration_steps": n}`` runs the float graph n times, then the quantized one."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from fxquant.graph.rewrite import copy_of
 from fxquant.graph.tidy import value
 from fxquant.patterns.canonical import canonicalize
 
-from .calibration import MASKS, Graph, Runner, Session, find_plan
+from .calibration import MASKS, Graph, Output, Runner, Session, find_plan
 from .settings import Settings
 
 
@@ -68,9 +68,7 @@ class _Replay(Runner):
     def parts(self) -> int:
         return len(self._calls)
 
-    def run(
-        self, title: str, parts: int | None = None, gradients: bool = False
-    ) -> Iterable[tuple[Any, dict[str, Tensor]]]:
+    def run(self, title: str, parts: int | None = None, gradients: bool = False) -> Generator[Output, None, None]:
         with torch.set_grad_enabled(gradients):
             for args in self._calls[:parts]:
                 self.session.masks = {name: args[i] for i, name in self._of.items() if args[i].ndim == 2}

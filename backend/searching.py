@@ -1,20 +1,24 @@
-"""From what the observers saw to ranges: one token ratio for the whole network, then scales learned on the output's error.
+"""From what the observers saw to ranges: one token ratio for the whole network, then a range of each site's own.
 
-Outlier Suppression (Wei et al., 2022), section 4.2. The coarse stage looks for one ratio in a grid; here candidates drop out in
-rounds on more and more data (successive halving) rather than all running on all of it. The fine stage learns log-scales and
-zero points, so that steps are relative to the scale: at the paper's absolute rate of 1e-5 hardly anything moves. Weights are
-rounded throughout, as they will be.
+Outlier Suppression (Wei et al., 2022), section 4.2. The coarse stage looks for one ratio in the paper's grid, here from coarse
+to fine and on a part of the data first. The fine stage there learns scales, by Adam on the output's error; here each site takes
+the range that is best for the output to first order (sensing.py), if all of them are better. LSQ and LSQ+ learn by Adam.
+Weights are rounded throughout, as they will be.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxquant.numerics.observers import TokenWise
+from fxquant.recipe import ROLES, Recipe
 
-from .calibration import Maps, ObservingStage, Progress, Runner, SimulatingStage, Stage, compared
+from .calibration import Maps, ObservingStage, Progress, Runner, SimulatingStage, compared
+from .sensing import sensed
 from .simulate import Quantizer
 
 Ranges = dict[str, tuple[Tensor, Tensor]]
@@ -22,8 +26,13 @@ EPOCHS, RATE = 3, 5e-3
 BATCH, LENGTH = 32, 128  # of the grid of the paper's code: ratios in steps of 0.01
 
 
-def search(runner: Runner, observed: ObservingStage, maps: Maps, progress: Progress) -> tuple[Ranges, dict[str, Any]]:
-    """The range of every observed edge, and notes for people: the losses of the search and of learning."""
+def search(
+    runner: Runner, observed: ObservingStage, maps: Maps, wanted: list[Tensor], progress: Progress, seed: int
+) -> tuple[Ranges, dict[str, Any]]:
+    """The range of every observed edge, and notes for people: the losses of the search and of learning.
+
+    ``wanted`` is what the float model answers to each batch, of which nothing is needed where ``searches(recipe)`` is False.
+    """
     edges, states = observed.edges, observed.states
 
     def ranges_at(ratio: float | None) -> Ranges:
@@ -37,27 +46,45 @@ def search(runner: Runner, observed: ObservingStage, maps: Maps, progress: Progr
             found[key] = observer.range(state, spec.format, spec.granularity)
         return found
 
-    searched = [key for key in states if isinstance(r := edges[key].spec.observer, TokenWise) and r.ratio is None]
-    learned = [key for key in states if (watched := edges[key].spec.observer) and watched.learned]
+    watched = {key: edges[key].spec.observer for key in states}
+    searched = [key for key, observer in watched.items() if isinstance(observer, TokenWise) and observer.ratio is None]
+    learned = [key for key, observer in watched.items() if observer and observer.learned]
+    fine = {key: edges[key] for key in learned if isinstance(watched[key], TokenWise)}
     notes: dict[str, Any] = {}
+    ranges, loss = ranges_at(None), None
     if not searched and not learned:
-        return ranges_at(None), notes
+        return ranges, notes
 
-    runner.session.enter(Stage())
-    wanted = [compared(*output) for output in runner.run("float outputs")]
     quantizers = {key: Quantizer(edges[key].spec) for key in states}
-    runner.session.enter(SimulatingStage(runner.session, maps, quantizers))
-    ranges = ranges_at(None)
+    simulating = SimulatingStage(runner.session, maps, quantizers)
+    runner.session.enter(simulating)
     if searched:
         bits = min(edges[key].spec.format.bits for key in searched)
-        ratio, losses = _ratio(runner, quantizers, wanted, ranges_at, TokenWise.candidates(bits, BATCH, LENGTH), progress)
-        notes |= {"token ratio": ratio, "losses by ratio": losses}
-        ranges = ranges_at(ratio)
-    _set(quantizers, ranges)
+        candidates = TokenWise.candidates(bits, BATCH, LENGTH)
+        ratio, by_ratio = _ratio(runner, quantizers, wanted, ranges_at, candidates, progress)
+        notes |= {"token ratio": ratio, "losses by ratio": {f"{r:.4g}": by_ratio[r] for r in sorted(by_ratio, reverse=True)}}
+        ranges, loss = ranges_at(ratio), by_ratio[ratio]
     if learned:
-        ranges, of_epochs = _learn(runner, {key: quantizers[key] for key in learned}, wanted, ranges)
-        notes["losses of learning"] = of_epochs
+        _set(quantizers, ranges)
+        losses = [_loss(runner, wanted, "before learning") if loss is None else loss]
+        if fine:
+            own = sensed(runner, maps, fine, ranges, seed)
+            runner.session.enter(simulating)
+            _set(quantizers, ranges | own)
+            losses.append(_loss(runner, wanted, "ranges of each site", most=losses[0]))
+            ranges = ranges | own if losses[1] < losses[0] else ranges
+        if others := [key for key in learned if key not in fine]:
+            _set(quantizers, ranges)
+            ranges = _learn(runner, {key: quantizers[key] for key in others}, wanted, ranges, losses)
+        notes["losses of learning"] = losses
     return ranges, notes
+
+
+def searches(recipe: Recipe) -> bool:
+    """Whether ``search`` will run the data: something of ``recipe`` is looked for, or learned, by the output."""
+    specs = [getattr(recipe, role) for role in ROLES] + [override.spec for override in recipe.overrides]
+    observers = [spec.observer for spec in specs if spec is not None]
+    return any(o is not None and (o.learned or (isinstance(o, TokenWise) and o.ratio is None)) for o in observers)
 
 
 def _set(quantizers: Mapping[str, Quantizer], ranges: Ranges) -> None:
@@ -65,13 +92,19 @@ def _set(quantizers: Mapping[str, Quantizer], ranges: Ranges) -> None:
         quantizer.set_range(*ranges[key])
 
 
-def _loss(runner: Runner, wanted: list[Tensor], title: str, parts: int | None = None) -> float:
-    """The mean squared error of the outputs over the first ``parts`` batches (None: all)."""
-    error, count = 0.0, 0
-    for output, target in zip(runner.run(title, parts), wanted, strict=False):  # the runner first: it cleans up at its end
-        got = compared(*output)
-        error += float((got - target).double().square().sum())
-        count += target.numel()
+def _loss(
+    runner: Runner, wanted: Sequence[Tensor], title: str, parts: int | None = None, most: float = math.inf
+) -> float:
+    """The mean squared error of the outputs over the first ``parts`` batches (None: all).
+
+    Once it is certain to be above ``most`` the rest of the batches is left out, and a bound from below is returned.
+    """
+    error, count = 0.0, sum(target.numel() for target in wanted[:parts])
+    with closing(runner.run(title, parts)) as outputs:
+        for output, target in zip(outputs, wanted, strict=False):  # the runner first: it cleans up at its end
+            error += float((compared(*output) - target).double().square().sum())
+            if error > most * count:
+                break
     return error / max(count, 1)
 
 
@@ -82,29 +115,40 @@ def _ratio(
     ranges_at: Callable[[float], Ranges],
     candidates: Iterable[float],
     progress: Progress,
-) -> tuple[float, dict[str, float]]:
-    """The ratio of least loss: a third of the candidates goes on to three times the data; 1.0, no clipping, always does."""
-    parts = max(1, runner.parts // 9)
-    left = sorted(set(candidates) | {1.0}, reverse=True)
-    losses: dict[float, float] = {}
-    while True:
-        for ratio in progress(left, f"token ratio, {parts} of {runner.parts} batches"):
+) -> tuple[float, dict[float, float]]:
+    """The ratio of least loss, and the losses of those that were tried on all data; 1.0, no clipping, always is.
+
+    On a ninth of the batches: ratios far apart, then all between the neighbours of the best. The two best and 1.0 go on to all
+    batches, the most promising first; a later one drops out as soon as its loss is above the least.
+    """
+    grid = sorted(set(candidates) | {1.0}, reverse=True)
+    few, step = max(1, runner.parts // 9), math.isqrt(len(grid))
+
+    def tried(ratios: Sequence[float], parts: int) -> dict[float, float]:
+        losses: dict[float, float] = {}
+        for ratio in progress(ratios, f"token ratio, {parts} of {runner.parts} batches"):
             _set(quantizers, ranges_at(ratio))
-            losses[ratio] = _loss(runner, wanted, "", parts)
-        if parts >= runner.parts:
-            break
-        best = sorted(left, key=lambda r: (losses[r], -r))[: max(3, len(left) // 3)]
-        left = sorted({*best, 1.0}, reverse=True)
-        parts = min(runner.parts, 3 * parts)
-    ratio = min(left, key=lambda r: (losses[r], -r))
-    return ratio, {f"{r:.4g}": losses[r] for r in left}
+            losses[ratio] = _loss(runner, wanted, "", parts, min(losses.values(), default=math.inf))
+        return losses
+
+    losses = tried(grid[::step], few)
+    best = grid.index(min(losses, key=lambda r: (losses[r], -r)))
+    near = grid[max(0, best - step + 1) : best + step]
+    losses |= tried([ratio for ratio in near if ratio not in losses], few)
+    promising = sorted(losses, key=lambda r: (losses[r], -r))
+    if few < runner.parts:
+        losses = tried(list(dict.fromkeys([*promising[:2], 1.0])), runner.parts)
+    return min(losses, key=lambda r: (losses[r], -r)), losses
 
 
 def _learn(
-    runner: Runner, quantizers: Mapping[str, Quantizer], wanted: list[Tensor], ranges: Ranges
-) -> tuple[Ranges, list[float]]:
-    """Adam on the logs of the scales and on the zero points; the best of all epochs, the start among them, is kept."""
-    best, losses = dict(ranges), [_loss(runner, wanted, "before learning")]
+    runner: Runner, quantizers: Mapping[str, Quantizer], wanted: list[Tensor], ranges: Ranges, losses: list[float]
+) -> Ranges:
+    """Adam on the logs of the scales and on the zero points; the best of all epochs, or the start, is kept.
+
+    The loss after each epoch is added to ``losses``.
+    """
+    best, least = dict(ranges), min(losses)
     groups = []
     for quantizer in quantizers.values():
         log_scale, *zero_point = quantizer.learn()
@@ -120,7 +164,8 @@ def _learn(
                 parameter.grad = gradient
             optimizer.step()
             schedule.step()
-        losses.append(_loss(runner, wanted, "after the epoch"))
-        if losses[-1] == min(losses):
+        losses.append(_loss(runner, wanted, "after the epoch", most=least))
+        if losses[-1] < least:
+            least = losses[-1]
             best |= {key: quantizer.range() for key, quantizer in quantizers.items()}
-    return best, losses
+    return best

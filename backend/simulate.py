@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.numerics.affine import IntAffine, QParams
-from fxquant.numerics.learned import learned_fake_quantize, to_range
+from fxquant.numerics.learned import learned_fake_quantize, rounded, to_range
 from fxquant.recipe import Spec
 
 
@@ -47,5 +47,4 @@ class Quantizer(nn.Module):
         if self.log_scale is not None:
             return learned_fake_quantize(x, self.log_scale, self.zero_point, self._format, self._granularity)
         assert self._qparams is not None
-        codes = self._format.encode(x, self._qparams, self._granularity)
-        return self._format.decode(codes, self._qparams, self._granularity, x.dtype)
+        return rounded(x, self._qparams, self._format, self._granularity)

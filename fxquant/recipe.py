@@ -374,10 +374,11 @@ def _static(bits: int, range: Range) -> Spec:
 def whole(name: str, widths: tuple[int, int, int], range: Range, *transforms: str) -> Recipe:
     """Every operand of a transformer, in Outlier Suppression's W-E-A ``widths``; rows of tables and outputs have a scale each.
 
-    The tails of probabilities are not those of tokens, so they are never clipped.
+    The tails of probabilities are not those of tokens, so no ratio of tokens clips them; where others are learned, they are.
     """
     weights, embeddings, activations = widths
     rounded = _static(activations, range)
+    whole_tokens = TokenWise(1.0, fine=True) if isinstance(range, TokenWise) and range.fine else AverageMinMax()
     return Recipe(
         name=name,
         weights=Spec(IntAffine(weights), PerChannel(0), MinMSE()),
@@ -385,7 +386,7 @@ def whole(name: str, widths: tuple[int, int, int], range: Range, *transforms: st
         activations=rounded,
         norms=rounded,
         attention=rounded,
-        probabilities=_static(activations, AverageMinMax()),
+        probabilities=_static(activations, whole_tokens),
         transforms=transforms,
     )
 

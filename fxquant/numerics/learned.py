@@ -22,7 +22,7 @@ from .granularity import Granularity
 from .observer import Observer, RoundTrip, as_range, batch_of, check_same_rows, extremes_of, for_activations
 
 if TYPE_CHECKING:
-    from .affine import IntAffine
+    from .affine import IntAffine, QParams
     from .formats import Format
 
 
@@ -116,41 +116,52 @@ class LSQPlus(_OfMoments):
         return torch.maximum(mean - reach, lo), torch.minimum(mean + reach, hi)
 
 
-class _Round(torch.autograd.Function):
-    """Rounding, halves to even, with the gradient of the identity."""
+class _FakeQuantize(torch.autograd.Function):
+    """Rounding to a grid as the head of this file has it; keeps its input and its result alone, and needs no compiler."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
+    def forward(
+        ctx: Any, blocks: Tensor, log_scale: Tensor, zero_point: Tensor | None, grid: "IntAffine", damping: float
+    ) -> Tensor:
+        scale = scale_of(log_scale)
+        zero = None if zero_point is None else zero_point.round().clamp(grid.qmin, grid.qmax)
+        value = _rounded(blocks.to(torch.promote_types(scale.dtype, torch.float32)), scale, zero, grid)
+        ctx.save_for_backward(blocks, value, scale, zero)
+        ctx.grid, ctx.damping = grid, damping
+        return value
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        (g,), (blocks, value, scale, zero) = gradients, ctx.saved_tensors
+        x = blocks.to(value.dtype)
+        code = (x * scale.reciprocal()).round_().add_(0 if zero is None else zero)
+        inside = code.ge(ctx.grid.qmin) & code.le(ctx.grid.qmax)
+        g_inside = g * inside
+        # d out / d log(scale) = out - x inside the grid, out beyond it
+        of_log = ((value * g).sum_to_size(scale.shape) - (x * g_inside).sum_to_size(scale.shape)) * ctx.damping
+        of_zero = None if zero is None else (g_inside - g).sum_to_size(scale.shape) * scale * ctx.damping
+        return g_inside.to(blocks.dtype), of_log, of_zero, None, None
 
 
-class _Damp(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by ``by``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
-        ctx.by = by
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.by, None
+def _rounded(wide: Tensor, scale: Tensor, zero: Tensor | None, grid: "IntAffine") -> Tensor:
+    """The value of every element on the grid; ``wide`` and ``scale`` of one dtype, one tensor made."""
+    value = (wide * scale.reciprocal()).round_()
+    if zero is None:
+        return value.clamp_(grid.qmin, grid.qmax).mul_(scale)
+    if zero.numel() == 1:  # the clamp moved by the zero point, which saves adding it and taking it away
+        return value.clamp_(grid.qmin - zero.item(), grid.qmax - zero.item()).mul_(scale)
+    return value.add_(zero).clamp_(grid.qmin, grid.qmax).sub_(zero).mul_(scale)
 
 
-class _Inside(torch.autograd.Function):
-    """``x`` clamped to [lo, hi], with the gradient of the identity: what has left the grid can be learned back."""
+def rounded(x: Tensor, qparams: "QParams", format: "Format", granularity: Granularity) -> Tensor:
+    """``decode(encode(x))``, bit for bit, without the codes: a third of the time where nothing fuses the operations."""
+    wide = granularity.split(x).to(torch.promote_types(qparams.scale.dtype, torch.float32))
+    return _narrow(_rounded(wide, qparams.scale, qparams.zero_point, _affine(format)), x.dtype, granularity)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lo: float, hi: float) -> Tensor:
-        return x.clamp(lo, hi)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
+def _narrow(value: Tensor, dtype: torch.dtype, granularity: Granularity) -> Tensor:
+    limit = min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)
+    return granularity.join(value.clamp(-limit, limit).to(dtype))
 
 
 def learned_fake_quantize(
@@ -164,17 +175,8 @@ def learned_fake_quantize(
     """
     grid = _affine(format)
     blocks = granularity.split(x)
-    wide = blocks.to(torch.promote_types(log_scale.dtype, torch.float32))
     damping = 1 / math.sqrt(max(blocks.numel() / log_scale.numel(), 1) * grid.qmax)
-    scale = scale_of(_Damp.apply(log_scale, damping))
-    code = _Round.apply(wide * scale.reciprocal())
-    if zero_point is not None:
-        zero = _Inside.apply(_Round.apply(_Damp.apply(zero_point, damping)), grid.qmin, grid.qmax)
-        value = ((code + zero).clamp(grid.qmin, grid.qmax) - zero) * scale
-    else:
-        value = code.clamp(grid.qmin, grid.qmax) * scale
-    limit = min(torch.finfo(x.dtype).max, torch.finfo(value.dtype).max)
-    return granularity.join(value.clamp(-limit, limit).to(x.dtype))
+    return _narrow(_FakeQuantize.apply(blocks, log_scale, zero_point, grid, damping), x.dtype, granularity)
 
 
 def scale_of(log_scale: Tensor) -> Tensor:
