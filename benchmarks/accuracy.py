@@ -100,8 +100,9 @@ METHODS: Mapping[str, Method] = {
     "Outlier Suppression": _of(TokenWise(fine=True), "migrate_gain"),  # both of the last two
 }
 
-# Measured only where --method names them: those of scopes without static ranges.
+# Measured only where --method names them: splitting, and what is for scopes without static ranges.
 OTHERS: Mapping[str, Method] = {
+    "splitting, OS+": _of(AverageMinMax(), "split_channels", "shift_scale"),
     "none": _of(AverageMinMax()),
     "balance": _of(AverageMinMax(), "balance"),
     "rotations": _of(AverageMinMax(), "rotate"),
