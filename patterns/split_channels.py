@@ -2,8 +2,8 @@
 
     w_j x_j  ==  w_j (x_j / c_j) + ... + w_j (x_j / c_j)      c_j times      (Zhao et al., 2019: outlier channel splitting)
 
-A scale would move the outlier into the weight, where it costs all other inputs of that output; copies move nothing. ``x / c`` is
-a scale, and goes where scales go; the copies are one op before the linear, on a few channels more.
+A scale would move the outlier into the weight, where it costs all other inputs of that output; copies move nothing. ``x / c``
+is a scale, and goes where scales go; the copies are one op before the linear, on a few channels more.
 """
 
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ MULTIPLE = 16  # rounded up to this, which kernels ask of an inner size
 def split_channels(gm: fx.GraphModule, fuel: Fuel, *, copies: Mapping[str, Tensor]) -> list[Note]:
     """Read channel j of the linear inputs listed ``copies[j]`` times [K], a part each; in place, one Note per site.
 
-    ``copies``: whole numbers from 1, by the path of the weight of the first linear that reads the value. All linears that read it
-    do so through the copies. Raises RecipeError for another length or other numbers.
+    ``copies``: whole numbers from 1, by the path of the weight of the first linear that reads the value. All linears that read
+    it do so through the copies. Raises RecipeError for another length or other numbers.
     """
     check_lengths(gm, "number of copies", copies)
     for where, c in copies.items():
@@ -95,8 +95,9 @@ def index_of(copies: Tensor) -> Tensor:
 def choose(measured: Measured, *, rows: int = 128, outputs: int = 128) -> dict[str, Tensor] | str:
     """The copies [K] that spread the channels of farthest reach, or why the site is left alone.
 
-    Split channels and whole ones are both given the best of a coarse grid of scales (``shift_scale``'s families): copies are for
-    what a scale cannot mend. Errors are relative to each token's outputs, or the massive one would decide. Raises CalibrationError for NaN, and where no token was seen.
+    Split channels and whole ones are both given the best of a coarse grid of scales (``shift_scale``'s families): copies are
+    for what a scale cannot mend. Errors are relative to each token's outputs, or the massive one would decide alone.
+    Raises CalibrationError for NaN, and where no token was seen.
     """
     check_finite(measured)
     if measured.activation is None:
