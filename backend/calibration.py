@@ -232,9 +232,11 @@ def _measured(where: str, operands: Any, activation: Any, weight: Any, absorbed:
     def measured(seen: _Seen) -> Measured:
         assert seen.low is not None and seen.high is not None and seen.total is not None and seen.rows is not None
         weights, biases = tuple(w for w, _ in operands), tuple(b for _, b in operands)
-        extremes, mean = (seen.low, seen.high), seen.total / seen.count
-        rest = (activation, weight, absorbed, seen.far, seen.count)
-        return Measured(where, *extremes, mean, seen.rows, weights, biases, *rest)
+        low, high, mean, far = seen.low, seen.high, seen.total / seen.count, seen.far
+        sides = {"activation": activation, "weight": weight}
+        return Measured(
+            where, low, high, mean, seen.rows, weights, biases, absorbed=absorbed, far=far, tokens=seen.count, **sides
+        )
 
     return measured
 
