@@ -40,7 +40,8 @@ from fxquant.recipe import Recipe
 
 from .simulate import Quantizer
 
-ROWS = 512  # tokens that are kept of a linear's input
+ROWS = 512  # tokens that are kept of a linear's input, by chance
+FAR = 32  # and those that reach farthest
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 Maps = dict[str, dict[str, dict[str, Tensor]]]
@@ -139,6 +140,7 @@ class _Seen:
     count: int = 0
     rows: Tensor | None = None
     lots: Tensor | None = None  # a random number per row kept: the rows with the smallest ones stay
+    far: Tensor | None = None  # the rows of the largest magnitudes
 
     def add(self, x: Tensor, generator: torch.Generator) -> None:
         if not x.numel():
@@ -149,6 +151,8 @@ class _Seen:
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.total = total if self.total is None else self.total + total
         self.count += len(x)
+        far = x if self.far is None else torch.cat([self.far, x])
+        self.far = far[far.abs().amax(1).topk(min(FAR, len(far))).indices]
         lots = torch.rand(len(x), generator=generator)
         kept = lots.topk(min(ROWS, len(x)), largest=False).indices
         rows, lots = x[kept.to(x.device)], lots[kept]
@@ -228,8 +232,11 @@ def _measured(where: str, operands: Any, activation: Any, weight: Any, absorbed:
     def measured(seen: _Seen) -> Measured:
         assert seen.low is not None and seen.high is not None and seen.total is not None and seen.rows is not None
         weights, biases = tuple(w for w, _ in operands), tuple(b for _, b in operands)
-        mean = seen.total / seen.count
-        return Measured(where, seen.low, seen.high, mean, seen.rows, weights, biases, activation, weight, absorbed)
+        low, high, mean, far = seen.low, seen.high, seen.total / seen.count, seen.far
+        sides = {"activation": activation, "weight": weight}
+        return Measured(
+            where, low, high, mean, seen.rows, weights, biases, absorbed=absorbed, far=far, tokens=seen.count, **sides
+        )
 
     return measured
 

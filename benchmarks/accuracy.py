@@ -31,11 +31,24 @@ from tasks import TASKS, Examples, Task, outputs, sqnr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxquant import AverageMinMax, Entropy, GoldenMSE, Percentile, Recipe, Spec, TokenWise, calibrate
+from fxquant import (
+    AverageMinMax,
+    Entropy,
+    GoldenMSE,
+    IntAffine,
+    Percentile,
+    PerGroup,
+    PerToken,
+    Recipe,
+    Spec,
+    TokenWise,
+    calibrate,
+)
 from fxquant import recipe as recipes
 from fxquant.numerics.observer import Observer
 
 WIDTHS: Mapping[str, tuple[int, int]] = {"W8A8": (8, 8), "W6A6": (6, 6), "W4A8": (4, 8), "W4A4": (4, 4)}
+WEIGHTS_ALONE = {"W4A16": (4, 16)}  # of the scope "groups", which has no other widths
 
 Specs = dict[str, Spec]
 Scope = Callable[[int, int, Observer], Specs]
@@ -53,7 +66,18 @@ def linears(weights: int, activations: int, observer: Observer) -> Specs:
     return {role: spec for role, spec in whole(weights, activations, observer).items() if role in ("weights", "activations")}
 
 
-SCOPES: Mapping[str, Scope] = {"linears": linears, "whole": whole}
+def tokens(weights: int, activations: int, observer: Observer) -> Specs:
+    """The products with a weight alone: weights per channel of least error, each token's own asymmetric range."""
+    specs = linears(weights, activations, observer)
+    return specs | {"activations": Spec(IntAffine(activations, symmetric=False), PerToken())}
+
+
+def groups(weights: int, activations: int, observer: Observer) -> Specs:
+    """Weights alone, asymmetric in groups of 96 between their extremes: what divides SmolLM2's 576, as in peers.py."""
+    return {"weights": Spec(IntAffine(weights, symmetric=False), PerGroup(96))}
+
+
+SCOPES: Mapping[str, Scope] = {"linears": linears, "whole": whole, "tokens": tokens, "groups": groups}
 
 
 def _of(observer: Observer, *transforms: str) -> Method:
@@ -76,6 +100,17 @@ METHODS: Mapping[str, Method] = {
     "Outlier Suppression": _of(TokenWise(fine=True), "migrate_gain"),  # both of the last two
 }
 
+# Measured only where --method names them: splitting, and what is for scopes without static ranges.
+OTHERS: Mapping[str, Method] = {
+    "splitting, OS+": _of(AverageMinMax(), "split_channels", "shift_scale"),
+    "none": _of(AverageMinMax()),
+    "balance": _of(AverageMinMax(), "balance"),
+    "rotations": _of(AverageMinMax(), "rotate"),
+    "AWQ": _of(AverageMinMax(), "awq"),
+}
+ALL = {**METHODS, **OTHERS}
+ALL_WIDTHS = {**WIDTHS, **WEIGHTS_ALONE}
+
 # The others are post-norm encoders, for which Outlier Suppression is defined on the whole; these two are not.
 LINEARS = ("vit", "smollm2")
 # Batches all of one shape (500 = 25 * 20 images; windows of 1024), so nothing has to be compiled for dynamic shapes.
@@ -94,7 +129,7 @@ class Setting(NamedTuple):
 
     @property
     def recipe(self) -> Recipe:
-        return METHODS[self.method](SCOPES[self.scope], *WIDTHS[self.width]).replace(name=f"{self.width} {self.method}")
+        return ALL[self.method](SCOPES[self.scope], *ALL_WIDTHS[self.width]).replace(name=f"{self.width} {self.method}")
 
 
 Row = dict[str, Any]  # the fields of a Setting, and figures; or "error"
@@ -202,8 +237,8 @@ class Part(NamedTuple):
     examples: int | None
 
     def rows(self, rows: Rows) -> Group:
-        """The measured ones, in the order of METHODS and WIDTHS."""
-        found: dict[tuple[str, str], list[Row]] = {(m, w): [] for m in METHODS for w in WIDTHS}
+        """The measured ones, in the order of the tables above."""
+        found: dict[tuple[str, str], list[Row]] = {(m, w): [] for m in ALL for w in ALL_WIDTHS}
         for setting, row in sorted(rows.items(), key=lambda item: item[0].seed):
             if self == (setting.task, setting.scope, setting.examples) and (setting.method, setting.width) in found:
                 found[setting.method, setting.width].append(row)
@@ -240,8 +275,8 @@ def cell(rows: Sequence[Row]) -> str:
 
 def cells(group: Group, show: Callable[[Sequence[Row]], str], strong: str = "{}") -> list[tuple[str, ...]]:
     """Methods down, widths across, what was lost least in each column written as ``strong``; last the seconds."""
-    methods = [name for name in METHODS if any(name == method for method, _ in group)]
-    widths = [name for name in WIDTHS if any(name == width for _, width in group)]
+    methods = [name for name in ALL if any(name == method for method, _ in group)]
+    widths = [name for name in ALL_WIDTHS if any(name == width for _, width in group)]
     losses = {key: loss for key, rows in group.items() if not math.isnan(loss := mean(rows, "lost"))}
     least = {width: min((loss for key, loss in losses.items() if key[1] == width), default=None) for width in widths}
 
@@ -325,8 +360,8 @@ def measured_on(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", choices=TASKS, help="default: all")
-    parser.add_argument("--width", action="append", choices=WIDTHS, help="default: all")
-    parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
+    parser.add_argument("--width", action="append", choices=ALL_WIDTHS, help="default: all")
+    parser.add_argument("--method", action="append", choices=ALL, help=f"default: all but {', '.join(OTHERS)}")
     parser.add_argument("--scope", choices=SCOPES, help=f"default: linears for {' and '.join(LINEARS)}, else whole")
     parser.add_argument("--seeds", type=int, default=3, help="how many draws of the calibration data (default: 3)")
     parser.add_argument("--examples", type=int, help="score the first so many of the test set alone; rows of their own")

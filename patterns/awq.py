@@ -2,11 +2,13 @@
 
     s_j = mean|X_j|^r / sqrt(max s * min s),  r in {0, 1/20, ..., 19/20} of least || X W^T - (X / s) Q(W diag(s))^T ||^2
 
-(Lin et al., 2024, section 3.2.) ``r = 0`` is the identity, so the outputs on the calibration tokens are never worse than those
-of plain rounding. Meant for recipes that quantize weights alone; where activations are rounded too, that counts as well.
+(Lin et al., 2024, section 3.2; also with root mean squares.) ``r = 0`` is the identity, so the outputs on the tokens looked at
+are never worse than those of plain rounding. Meant for recipes that quantize weights alone; where activations are rounded
+too, that counts as well.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -45,8 +47,10 @@ def awq(gm: fx.GraphModule, fuel: Fuel, *, scale: Mapping[str, Tensor]) -> list[
 def choose(measured: Measured, *, steps: int = 20, rows: int = 256, outputs: int = 512) -> dict[str, Tensor] | str:
     """The scale of least output error among ``r = 0, 1/steps, ...``, or why the site is left alone.
 
-    The search looks at that many of the sampled tokens and of the outputs; what it finds must also beat the identity on all
-    tokens (and 4096 outputs), with the recipe's own ranges. Raises CalibrationError for NaN, and where no token was seen.
+    The search looks at that many of the sampled tokens, at those that reach farthest, and at that many of the outputs; what it
+    finds must also beat the identity on the whole sample (and 4096 outputs), with the recipe's own ranges. Tried beside mean
+    magnitudes are root mean squares, which a massive token moves more. Raises CalibrationError for NaN, and where no token was
+    seen.
     """
     check_finite(measured)
     if measured.weight is None:
@@ -54,13 +58,27 @@ def choose(measured: Measured, *, steps: int = 20, rows: int = 256, outputs: int
     if reason := left_alone(measured):
         return reason
     searched = measured.weight.range != DYNAMIC  # weight ranges that are searched themselves cost twenty times as much
-    error = OutputError.of(measured, rows=rows, outputs=outputs // 4 if searched else outputs).shifted()
-    grid = [importance_scale(measured.mean, step / steps) for step in range(steps)]
-    best = grid[min(range(steps), key=lambda step: error(grid[step]))]  # the smallest power among equals
-    final = OutputError.of(measured, rows=len(measured.rows), outputs=4096).shifted()
+    some, everything = all_tokens(measured, rows), all_tokens(measured, len(measured.rows))
+    error = OutputError.of(some, rows=len(some.rows), outputs=outputs // 4 if searched else outputs).shifted()
+    sizes = (measured.mean, everything.rows.float().square().mean(0).sqrt())
+    grid = [importance_scale(size, step / steps) for step in range(steps) for size in sizes]
+    best = grid[min(range(len(grid)), key=lambda i: error(grid[i]))]  # the smallest power among equals
+    final = OutputError.of(everything, rows=len(everything.rows), outputs=4096).shifted()
     if final(best) < final(grid[0]):
         return {"scale": best}
     return f"no scale of the input of '{measured.where}' does better than none"
+
+
+def all_tokens(measured: Measured, rows: int) -> Measured:
+    """``measured`` with rows whose squared errors add up as those of all tokens: ``rows`` of the sample, and the farthest.
+
+    A massive token is one of thousands, and a sample misses it; but what it makes of its channel the model lives on. Where
+    activations are rounded too a row cannot stand for many by its size, and the sample is all there is.
+    """
+    some = measured.rows[:rows].float()
+    if measured.far is None or measured.activation is not None:
+        return replace(measured, rows=some)
+    return replace(measured, rows=torch.cat([some * (measured.tokens / len(some)) ** 0.5, measured.far.float()]))
 
 
 def importance_scale(mean: Tensor, power: float) -> Tensor:

@@ -12,7 +12,8 @@ class Measured:
     """One linear input: statistics per channel [K] over all tokens that are no padding, a sample of the tokens, the readers.
 
     ``where`` is the weight path of the first linear that reads the value. ``low``, ``high``, ``mean`` [K]: minimum, maximum and
-    mean magnitude. ``rows`` [R, K]: some of the tokens. ``weights`` [N_i, K] and ``biases`` [N_i] or None: of every linear that
+    mean magnitude. ``rows`` [R, K]: some of the tokens, drawn by chance; ``far`` [F, K] or None: of all ``tokens`` those that
+    reach farthest, which chance would miss. ``weights`` [N_i, K] and ``biases`` [N_i] or None: of every linear that
     reads it, as transformed so far. ``activation`` and ``weight``: what the recipe will do here (None: nothing).
     ``absorbed``: a scale is taken by what produces the value; otherwise it costs a multiply, which a fused quantizer hides.
     """
@@ -27,3 +28,5 @@ class Measured:
     activation: Spec | None
     weight: Spec | None
     absorbed: bool
+    far: Tensor | None = None
+    tokens: int = 0

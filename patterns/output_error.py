@@ -53,13 +53,26 @@ class OutputError:
 
     def shifted(self, z: Tensor | None = None) -> Callable[[Tensor], float]:
         """The error as a function of ``s`` alone."""
+        by_token = self._by_token(z)
+        return lambda s: float(by_token(s).sum())
+
+    def relative(self) -> Callable[[Tensor], float]:
+        """The mean over tokens of the error relative to the token's own outputs, as a function of ``s``.
+
+        So one token of massive outputs counts as one; what has less than the median's counts as if it had that.
+        """
+        power = torch.stack([(self.x @ w.T).square().sum(1) for w in self.weights]).sum(0)
+        unit, by_token = power.clamp_min(max(float(power.median()), torch.finfo(power.dtype).tiny)), self._by_token()
+        return lambda s: float((by_token(s) / unit).mean())
+
+    def _by_token(self, z: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         moved = self if z is None else replace(self, x=self.x - z, low=self.low - z, high=self.high - z)
         wanted = [moved.x @ w.T for w in self.weights]
 
-        def error(s: Tensor) -> float:
+        def error(s: Tensor) -> Tensor:
             x = moved._round_activation(s)
             errors = [y - x @ self._round(w * s).T for y, w in zip(wanted, self.weights, strict=True)]
-            return float(torch.stack([e.square().sum() for e in errors]).sum())
+            return torch.stack([e.square().sum(1) for e in errors]).sum(0)
 
         return error
 

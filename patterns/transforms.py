@@ -10,7 +10,7 @@ from fxquant.errors import RecipeError, nearest
 from fxquant.graph.equivalence import Note
 from fxquant.graph.fuel import Fuel
 
-from . import awq, shift_scale, smooth
+from . import awq, shift_scale, smooth, split_channels
 from .cross_layer import cross_layer
 from .measured import Measured
 from .migrate_gain import migrate_gain
@@ -36,6 +36,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     Transform("migrate_gain", migrate_gain),
     Transform("balance", smooth.balance),
     Transform("smooth", smooth.smooth, needs=("statistics",), choose=smooth.choose),
+    Transform("split_channels", split_channels.split_channels, needs=("copies",), choose=split_channels.choose),
     Transform("shift_scale", shift_scale.shift_scale, needs=("scale", "shift"), choose=shift_scale.choose),
     Transform("awq", awq.awq, needs=("scale",), choose=awq.choose),
     Transform("cross_layer", cross_layer),

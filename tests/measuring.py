@@ -65,14 +65,17 @@ def measure(
     return found
 
 
+_KINDS = {"shift": lambda numbers: numbers, "copies": lambda numbers: numbers.abs().ceil().clamp(1, 4)}
+
+
 def random_maps(transform: Transform, graph: Graph, seed: int = 0) -> dict[str, dict[str, Tensor]]:
-    """Numbers of every size for each need of ``transform`` at every linear input: scales and statistics are positive."""
+    """Numbers for each need of ``transform`` at every linear input: scales and statistics are positive, copies are counted."""
     generator = torch.Generator().manual_seed(seed)
     arguments: dict[str, dict[str, Tensor]] = {need: {} for need in transform.needs}
     for x, linears in linear_inputs(graph.gm).items():
         for need, given in arguments.items():
             numbers = 2 * torch.randn(x.meta["val"].shape[-1], generator=generator, dtype=torch.float64)
-            given[site_name(linears[0])] = numbers if need == "shift" else numbers.exp()
+            given[site_name(linears[0])] = _KINDS.get(need, torch.exp)(numbers)
     return arguments
 
 

@@ -18,7 +18,7 @@ from fxquant.graph.fuel import Fuel
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerGroup
 from fxquant.numerics.ranges import MinMSE
-from fxquant.patterns.awq import awq, choose, importance_scale
+from fxquant.patterns.awq import all_tokens, awq, choose, importance_scale
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.measured import Measured
 from fxquant.patterns.output_error import OutputError
@@ -110,13 +110,28 @@ def test_what_is_no_scale_is_refused(s):
 # ---- the choice
 
 
+def test_the_farthest_token_counts_though_the_sample_misses_it():
+    """Without it the channel that it alone carries looks like any other; with it that channel is enlarged above all."""
+    m = measured(0)
+    massive = torch.zeros(1, 32)
+    massive[0, 3] = 1e4
+    far = replace(m, far=massive, tokens=128 * len(m.rows), mean=m.mean + massive[0] / (128 * len(m.rows)))
+    seen = all_tokens(far, len(m.rows))
+    torch.testing.assert_close(seen.rows.square().sum(0), 128 * m.rows.square().sum(0) + massive[0].square())
+    choice, error = choose(far), error_of(seen)
+    assert isinstance(choice, dict) and int(choice["scale"].argmax()) == 3
+    assert error(choice["scale"]) < error(torch.ones(32))
+    assert all_tokens(replace(far, activation=TOKENS), 8).rows.shape == (8, 32)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("weight", [GROUPS, CHANNELS, Spec(IntAffine(4), PerGroup(8), MinMSE())])
 def test_the_choice_is_the_best_of_the_grid_and_better_than_rounding_to_nearest(seed, weight):
     m = measured(seed, weight=weight)
     error, choice = error_of(m), choose(m)
     plain = error(torch.ones(32))
-    errors = [error(importance_scale(m.mean, step / 20)) for step in range(20)]
+    sizes = m.mean, m.rows.square().mean(0).sqrt()
+    errors = [error(importance_scale(size, step / 20)) for step in range(20) for size in sizes]
     if isinstance(choice, str):
         assert "does better than none" in choice
         assert min(errors) >= 0.98 * plain or weight.range != CHANNELS.range  # a search on a sample of outputs sees less

@@ -1,6 +1,7 @@
 """Who writes to a tensor in place: through itself, its views, or what it is a view of."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from operator import getitem
 from typing import Any
 
@@ -49,9 +50,14 @@ def _share_memory(a: fx.Node, b: fx.Node) -> bool:
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that ``node`` writes to."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not isinstance(node.target, torch._ops.OpOverload) or not _is_mutable(node.target):
         return []
     return [n for a, given in _arguments(node) if a.alias_info is not None and a.alias_info.is_write for n in _nodes(given)]
+
+
+@lru_cache(None)
+def _is_mutable(op: torch._ops.OpOverload) -> bool:
+    return bool(op._schema.is_mutable)  # reading it costs more than all else here
 
 
 def _arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:

@@ -1,5 +1,6 @@
 """Which part of a graph depends on parameters only: it is the same on every call until a parameter changes."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,5 +71,11 @@ def _is_weight(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+        return _is_pure(node.target)
     return not isinstance(node.target, torch._ops.HigherOrderOperator) and not node.is_impure()
+
+
+@lru_cache(None)
+def _is_pure(op: torch._ops.OpOverload) -> bool:
+    """Kept by op: reading a schema is what the walks over whole graphs would spend their time on."""
+    return not op._schema.is_mutable and torch.Tag.nondeterministic_seeded not in op.tags
