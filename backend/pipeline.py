@@ -30,6 +30,7 @@ from .kernels.attention_cpu import lower_attention
 from .lower import Lowered, lower
 from .settings import Settings
 from .triton.fuse import fuse_norms
+from .triton.fuse_epilogue import fuse_epilogues
 
 
 def compile_graph(gm: fx.GraphModule, settings: Settings) -> Callable[..., Any]:
@@ -61,6 +62,7 @@ def compile_captured(graph: fx.GraphModule, settings: Settings, differentiable: 
     quantize(graph, annotation)
     stages.show("quantized", graph)
     kernels = lower(graph, KERNELS, fuel)
+    fuse_epilogues(graph, fuel)
     fuse_norms(graph, fuel)
     lower_attention(graph, fuel)
     stages.show("lowered", tidy(views_that_may_copy(graph)))

@@ -102,7 +102,7 @@ def _write(gm: fx.GraphModule, quantize: fx.Node, match: Match) -> None:
     readers = [] if total is None else _readers(total, match)
     keep_sum = bool(readers)
     keep_norm = any(user not in way for node in way[1:] for user in node.users)
-    centered, eps, symmetric = _norm(match).target is aten.layer_norm.default, match.eps, quantize.args[1]
+    centered, eps, symmetric = _norm(match).target is aten.layer_norm.default, match.eps, (*quantize.args[1:], True)[0]
     flags = (eps, symmetric, keep_sum, keep_norm)
 
     def fused(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:

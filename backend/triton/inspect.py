@@ -22,8 +22,10 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import epilogue, int8_gemm, launch, row, weight_only
+from . import gemm, launch, row
+from .codes import Codes
 from .language import triton
+from .program import Program, kind_of
 
 TENSOR_CORE = re.compile(r"[IH]G?MMA$")
 POINTERS = {
@@ -136,7 +138,7 @@ def launches(run: Callable[[], object], on: launch.Device) -> list[Launch]:
         return Recorder()
 
     with ExitStack() as patches:
-        for module in (row, int8_gemm, weight_only, epilogue):
+        for module in (row, gemm):
             patches.enter_context(patch.object(module, "wrap_triton", recorder))
         patches.enter_context(patch.object(launch, "device", lambda index: on))
         run()
@@ -214,31 +216,52 @@ def rows_case(D: int, norm: bool, symmetric: bool = True, dtype: torch.dtype = t
     return run
 
 
-def int8_case(M: int, N: int, K: int, activation: str = "none", dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
-    """The whole epilogue: zero points, scales, bias, activation, residual."""
+BIAS = "t0 = add(y0, column0)"
+GATED = "t0 = silu(y0); t1 = mul(t0, y1)"
+RESIDUAL = f"{BIAS}; t1 = add(t0, full1)"
+ERF = f"{BIAS}; t1 = gelu(t0); t2 = add(t1, full1)"
+CODES = f"{BIAS}; t1 = gelu_tanh(t0); t2 = mul(t1, scalar1); t3 = round(t2); t4 = maximum(t3, -127.0); t5 = minimum(t4, 127.0)"
+
+
+def operands_of(program: str, M: int, N: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Fake operands for ``program``: 16-bit ones as a model has them, scalars in float32."""
+    shapes = {"full": (M, N), "column": (N,), "row": (M, 1), "scalar": ()}
+    kinds = [kind_of(name) for name in Program.parse(program).operands]
+    return [_fake(*shapes[kind], dtype=torch.float32 if kind == "scalar" else dtype) for kind in kinds]
+
+
+def a8_case(
+    M: int, bits: int = 8, group_size: int = gemm.ONE_GROUP, program: str = BIAS, products: int = 1,
+    dtype: torch.dtype = torch.bfloat16, N: int = 4096, K: int = 4096, width: int = 128,
+) -> Callable[[], object]:  # fmt: skip
+    """M tokens in int8 codes with zero points times one or two weights of N x K."""
 
     def run() -> object:
-        i8 = partial(_fake, dtype=torch.int8)
-        zero, total = _fake(M, 1, dtype=torch.int32), _fake(N, dtype=torch.int32)
-        bias, residual = _fake(N, dtype=dtype), _fake(M, N, dtype=dtype)
-        return int8_gemm.int8_gemm(
-            i8(M, K), i8(N, K), _fake(M, 1), zero, _fake(N), total, bias, activation, residual, dtype
-        )
+        words = _fake(N, K * bits // 8, dtype=torch.int8)
+        if group_size < K:
+            weights = [words, _fake(K // group_size, N), _fake(N)]
+        else:
+            weights = [words, _fake(N), _fake(N, dtype=torch.int32)]
+        q, zero = _fake(M, K, dtype=torch.int8), _fake(M, 1, dtype=torch.int32)
+        inputs = operands_of(program, M, N, torch.bfloat16)
+        return gemm.a8_gemm(q, _fake(M, 1), zero, weights * products, inputs, program, bits, group_size, width, dtype)
 
     return run
 
 
-def weight_case(
-    M: int, bits: int, shifted: bool, group_size: int = 128, width: int = 64, dtype: torch.dtype = torch.bfloat16
-) -> Callable[[], object]:
-    """M tokens times a weight of 4096 x 4096."""
+def a16_case(
+    M: int, bits: int, shifted: bool, group_size: int = 128, program: str = "", products: int = 1,
+    dtype: torch.dtype = torch.bfloat16, width: int = 64,
+) -> Callable[[], object]:  # fmt: skip
+    """M tokens in 16-bit floats times one or two weights of 4096 x 4096."""
 
     def run() -> object:
         N = K = 4096
-        packed = _fake(N, K * bits // 16, dtype=torch.int16)
         scale = _fake(-(-K // group_size), N)
-        op = weight_only.w4a16_gemm if bits == 4 else weight_only.w8a16_gemm
-        return op(_fake(M, K, dtype=dtype), packed, scale, scale if shifted else None, None, group_size, width)
+        packed = _fake(N, K // Codes(bits, 16).slices, dtype=torch.int16)
+        weights = [packed, scale, *([scale] if shifted else [])] * products
+        inputs = operands_of(program, M, N, dtype)
+        return gemm.a16_gemm(_fake(M, K, dtype=dtype), weights, inputs, program, shifted, bits, group_size, width)
 
     return run
 
@@ -248,17 +271,30 @@ CASES = (
     Case("residual + LayerNorm + quantize, 4096", rows_case(4096, norm=True)),
     Case("the same, asymmetric", rows_case(4096, norm=True, symmetric=False)),
     Case("residual + LayerNorm + quantize, 384", rows_case(384, norm=True)),
-    Case("int8, M = 4096, erf GELU", int8_case(4096, 4096, 4096, "gelu")),
-    Case("int8, M = 4096", int8_case(4096, 4096, 4096)),
-    Case("int8, M = 64, SiLU", int8_case(64, 4096, 4096, "silu")),
-    Case("int8, M = 16, split K", int8_case(16, 4096, 4096)),
-    Case("W4A16 g128, M = 8", weight_case(8, 4, shifted=False), 8),
-    Case("W4A16 g128 with zero points, M = 8", weight_case(8, 4, shifted=True), 8),
-    Case("W4A16 g128, M = 16", weight_case(16, 4, shifted=False), 16),
-    Case("W4A16 g128, M = 16, float16", weight_case(16, 4, shifted=False, dtype=torch.float16), 16),
-    Case("W4A16 g128, M = 32", weight_case(32, 4, shifted=False), 32),
-    Case("W4A16 g128, M = 64", weight_case(64, 4, shifted=True)),
-    Case("W8A16, M = 16", weight_case(16, 8, shifted=False, group_size=4096), 16),
+    Case("W8A8, M = 4096, bias, erf GELU, residual", a8_case(4096, program=ERF)),
+    Case("W8A8, M = 4096, bias, residual", a8_case(4096, program=RESIDUAL)),
+    Case("W8A8, M = 4096, gated pair", a8_case(4096, program=GATED, products=2)),
+    Case("W8A8, M = 4096, tanh GELU, int8 codes out", a8_case(4096, program=CODES, dtype=torch.int8)),
+    Case("W8A8, M = 64, gated pair", a8_case(64, program=GATED, products=2)),
+    Case("W8A8, M = 16, split K", a8_case(16)),
+    Case("W4A8 g128, M = 8", a8_case(8, 4, 128), 8),
+    Case("W4A8 g128, M = 16", a8_case(16, 4, 128), 16),
+    Case("W4A8 g128, M = 16, gated pair", a8_case(16, 4, 128, GATED, 2), 16),
+    Case("W4A8 g128, M = 64", a8_case(64, 4, 128)),
+    Case("W4A8 g128, M = 4096", a8_case(4096, 4, 128)),
+    Case("W3A8 g128, M = 8", a8_case(8, 3, 128), 8),
+    Case("W3A8, M = 16", a8_case(16, 3), 16),
+    Case("W2A8, M = 8", a8_case(8, 2), 8),
+    Case("W2A8, M = 16", a8_case(16, 2), 16),
+    Case("W2A8, M = 4096", a8_case(4096, 2)),
+    Case("W4A16 g128, M = 8", a16_case(8, 4, shifted=False), 8),
+    Case("W4A16 g128 with zero points, M = 8", a16_case(8, 4, shifted=True), 8),
+    Case("W4A16 g128, M = 16", a16_case(16, 4, shifted=False), 16),
+    Case("W4A16 g128, M = 16, float16", a16_case(16, 4, shifted=False, dtype=torch.float16), 16),
+    Case("W4A16 g128, M = 16, gated pair", a16_case(16, 4, shifted=True, program=GATED, products=2), 16),
+    Case("W4A16 g128, M = 32", a16_case(32, 4, shifted=False), 32),
+    Case("W4A16 g128, M = 64", a16_case(64, 4, shifted=True)),
+    Case("W8A16, M = 16", a16_case(16, 8, shifted=False, group_size=4096), 16),
 )
 
 
