@@ -113,7 +113,7 @@ STATIC = Spec(IntAffine(8, symmetric=False), PerTensor(), Given(-1.0, 1.0))
 DECLINED = {
     "the site is on cpu": (INT8, {}),
     "8 bits per token are needed": (INT8, {"activation": Spec(IntAffine(7), PerToken())}),
-    "the range per tensor is dynamic": (INT8, {"activation": Spec(IntAffine(8), PerTensor())}),
+    "the range per tensor is Dynamic": (INT8, {"activation": Spec(IntAffine(8), PerTensor())}),
     "the range of a token is MinMSE": (INT8, {"activation": Spec(IntAffine(8), PerToken(), MinMSE())}),
     "symmetric integers per channel": (INT8, {"weight_spec": Spec(IntAffine(8, symmetric=False), PerChannel(0))}),
     "dtype torch.float64": (INT8, {"x": torch.zeros(2, 128, dtype=torch.float64)}),
@@ -134,7 +134,8 @@ DECLINED = {
 def test_a_triton_kernel_says_why_it_declines(sentence: str) -> None:
     kernel, changes = DECLINED[sentence]
     x = torch.zeros(2, 128, dtype=torch.bfloat16)
-    given = {"x": x, "weight": x, "bias": None, "activation": None if kernel is WEIGHT_ONLY else TOKENS[True], "weight_spec": CHANNELS}
+    activation = None if kernel is WEIGHT_ONLY else TOKENS[True]
+    given = {"x": x, "weight": x, "bias": None, "activation": activation, "weight_spec": CHANNELS}
     with patch.object(launch, "why_not", launch.why_not if sentence.startswith("the site") else lambda where: ""):
         answer = kernel.supports(Product(**{**given, **changes}))
     assert isinstance(answer, Miss)
@@ -457,7 +458,8 @@ def test_fuel_stops_the_fusion_of_norms(everywhere: None) -> None:
 def test_on_a_cpu_nothing_changes(block: Block, recipe: str) -> None:
     ours, before = quantized(block, "cpu", recipe=recipe), quantized(block, "cpu", recipe=recipe)
     _, misses = lowered(ours)
-    lower(before, [k for k in KERNELS if not isinstance(k, Int8TritonLinear | LowBitTritonLinear | WeightOnlyTritonLinear)], Fuel())
+    for_gpus = Int8TritonLinear | LowBitTritonLinear | WeightOnlyTritonLinear
+    lower(before, [k for k in KERNELS if not isinstance(k, for_gpus)], Fuel())
     before.recompile()
     assert misses == []
     assert ours.code == before.code

@@ -6,11 +6,12 @@ from torch import Tensor
 from fxquant.graph.match import Miss
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerChannel, PerTensor, PerToken
-from fxquant.numerics.ranges import DYNAMIC
+from fxquant.numerics.ranges import DYNAMIC, Given
 from fxquant.recipe import Spec
 
 from ..triton import launch
-from ..triton.gemm import MAX_K, a8_gemm
+from ..triton.gemm import a8_gemm
+from ..triton.refuse import MAX_K
 from ..triton.row import quantize_rows
 from .kernel import Claim, Product, misfit
 
@@ -40,7 +41,7 @@ class Int8TritonLinear:
         return codes.contiguous(), qparams.scale.reshape(-1).to(torch.float32), codes.sum(1, dtype=torch.int32)
 
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        """[..., K] -> codes int8 [..., K], scale float32 and, if asymmetric, zero point int32: [..., 1] each, or [] if static."""
+        """See ``quantized``."""
         return quantized(x, spec)
 
     def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor:
@@ -57,12 +58,17 @@ def why_not_activations(product: Product) -> str:
     if x is None or not isinstance(x.format, IntAffine) or not isinstance(x.granularity, PerToken | PerTensor):
         return f"activations are {x and x.brief}, integers per token or per tensor are needed"
     if isinstance(x.granularity, PerTensor):
-        return "" if x.is_static else "the range per tensor is dynamic; a static one, or one per token, is needed"
+        return "" if _given(x) else f"the range per tensor is {x.range}; a given one, or one per token, is needed"
     if x.format.bits != 8:
         return f"activations are {x.brief}, integers of 8 bits per token are needed"
     if x.range != DYNAMIC:
         return f"the range of a token is {x.range}; the row kernel takes the least and the largest number of each row"
     return ""
+
+
+def _given(spec: Spec) -> bool:
+    """Both ends of the range are numbers."""
+    return isinstance(spec.range, Given) and isinstance(spec.range.lo, float | int) and isinstance(spec.range.hi, float | int)
 
 
 def quantized(x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
@@ -77,7 +83,9 @@ def quantized(x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
         q, scale, zero_point = quantize_rows(x.reshape(-1, x.shape[-1]), symmetric)
         codes, scale = q.view(x.shape), scale.view(*lead, 1)
         return (codes, scale) if symmetric else (codes, scale, zero_point.view(*lead, 1))
-    scale, zero_point = spec.fit(x)
+    assert isinstance(spec.range, Given) and isinstance(spec.range.lo, float | int) and isinstance(spec.range.hi, float | int)
+    # Fitted to the numbers, not to x: what reads x here is pointwise.
+    scale, zero_point = spec.format.from_range(spec.range.lo, spec.range.hi, device=x.device)
     steps = (x.to(torch.float32) * scale.reciprocal()).round()
     if zero_point is None:
         return steps.clamp(spec.format.qmin, spec.format.qmax).to(torch.int8), scale

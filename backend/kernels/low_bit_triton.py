@@ -10,7 +10,8 @@ from fxquant.recipe import Spec
 
 from ..triton import launch
 from ..triton.codes import Codes
-from ..triton.gemm import MAX_K, ONE_GROUP, a8_gemm, fits
+from ..triton.gemm import ONE_GROUP, a8_gemm
+from ..triton.refuse import MAX_K, fits
 from .int8_triton import end, flat, quantized, why_not_activations
 from .kernel import Claim, Product, misfit
 
@@ -73,9 +74,10 @@ def groups_of(spec: Spec, K: int) -> int:
 
 
 def width_of(spec: Spec, K: int) -> int | None:
-    """The widest slice that groups consist of and that fills K up by an eighth at most, or else the narrowest; None if none fits."""
+    """The widest slice that groups consist of and that fills K up by an eighth at most, else the narrowest, or None."""
     codes = Codes(spec.format.bits)
+    widths = WIDTHS[len(codes.planes) - 1 :]  # two planes hold twice the words, and shared memory holds no more of them
     whole = groups_of(spec, K) == 1
-    fitting = [w for w in WIDTHS if whole or (isinstance(spec.granularity, PerGroup) and fits(codes, spec.granularity.size, w))]
+    fitting = [w for w in widths if whole or (isinstance(spec.granularity, PerGroup) and fits(codes, spec.granularity.size, w))]
     snug = [w for w in fitting if -K % (codes.slices * w) <= K // 8]
-    return (snug or fitting[-1:] or [None])[0]
+    return next(iter(snug or fitting[-1:]), None)

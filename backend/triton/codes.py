@@ -3,9 +3,9 @@
 K is cut into slices of ``width`` columns, and codes that lie a slice apart share a word: one shift and one logic operation then
 turn a whole register of words into operands, in the order in which the slice meets the activations (shared/kernels.md, 2.3).
 
-For 8-bit activations words are bytes, and a code ends at the top of its byte, that is ``code << 8 - bits``: signed codes need no
-sign extension, and the product is a power of two too large. Codes of 3 bits lie in two *planes*, of their 2 high bits and of
-their low bit, so that nothing straddles a byte. For 16-bit activations words are int16 and codes arrive as floats
+For 8-bit activations words are bytes, and a code ends at the top of its byte, as ``code << 8 - bits``: signed codes need no
+sign extension, and the product is a power of two too large. Codes of 3 bits lie in two *planes*, of their high two bits and
+of their low bit, so that nothing straddles a byte. For 16-bit activations words are int16 and codes arrive as floats
 ``offset + code``; see ``widening``.
 """
 
@@ -46,7 +46,8 @@ class Codes:
     @property
     def tiles(self) -> tuple[tuple[int, int], ...]:
         """(plane, which part of it) of each tile of words that a block consists of."""
-        return tuple((p, part) for p in range(len(self.planes)) for part in range(self.slices * self.planes[p] // self.container))
+        parts = [self.slices * plane // self.container for plane in self.planes]
+        return tuple((p, part) for p, count in enumerate(parts) for part in range(count))
 
     @property
     def words(self) -> int:

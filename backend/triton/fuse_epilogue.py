@@ -1,4 +1,4 @@
-"""What follows a product and is pointwise becomes the end of its kernel: bias, activation, residual, gate, rounding to codes."""
+"""What is pointwise behind a product becomes the end of its kernel: bias, activation, residual, gate, rounding to codes."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Region:
 
     def take(self, node: fx.Node) -> bool:
         """Cover ``node``, which reads covered nodes, if a program can compute it."""
-        y, source = value(node), node.args[0] if node.args else None
+        y, source = value(node), next(iter(node.all_input_nodes), node)  # the first argument, where the op has one
         if node.op != "call_function" or not isinstance(y, Tensor) or any(True for _ in writers_of(node)):
             return False
         sources = [a for a in node.all_input_nodes if a in self.names]
@@ -212,6 +212,7 @@ def grown(product: fx.Node) -> Region | None:
     """The largest region from ``product`` on that one value leaves; None if it is the product alone."""
     region, best = Region(product), None
     region.add_product(product)
+    own = len(region.steps)
     while True:
         for user in sorted({u for n in region.names for u in n.users if u not in region.names}):
             trial = region.copy()
@@ -220,7 +221,8 @@ def grown(product: fx.Node) -> Region | None:
                 break
         else:
             return best
-        if region.open() == [region.result]:
+        worth = len(region.steps) > own or value(region.result).dtype is not value(product).dtype
+        if worth and region.open() == [region.result]:
             best = region.copy()
 
 
@@ -287,7 +289,7 @@ def _write(gm: fx.GraphModule, region: Region) -> None:
         assert view is not None
         sizes = view.args[1]
         with gm.graph.inserting_before(result):
-            shown = gm.graph.call_function(view.target, (new, sizes))
+            shown = gm.graph.call_function(aten.reshape.default, (new, sizes))
         with fake_mode_of(gm):
             shown.meta = {"val": value(new).view(fx.map_arg(sizes, value)), WRITTEN: True}
         new = shown

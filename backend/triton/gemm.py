@@ -19,12 +19,11 @@ from torch import Tensor
 
 from . import launch
 from .codes import OFFSET, Codes
+from .gemv import TOKENS, whole_words, write_gemv
 from .language import INTERPRETED, ceil_div, define, launches, require, rows, wrap_triton
-from .program import KINDS, Program, evaluate, kind_of, number_of
+from .program import Program, evaluate, kind_of, number_of
+from .refuse import check_a8, check_a16, check_end
 from .source import Form, kernel, write, write_sum
-
-MAX_K = 65536
-"""|sum (q_x - zero_x) q_w| <= 255 * 128 * K stays below 2**31."""
 
 ONE_GROUP = 1 << 30  # a group of K or more: one scale per output
 
@@ -86,8 +85,8 @@ def _a8_gemm(
     words of ``Codes(bits).pack(codes, width)``; float32 [N], or [G, N] for groups; sum_k q_w as int32 [N], or for groups
     sum_g scale_w sum_k q_w as float32 [N]. Raises KernelError for other shapes or dtypes.
     """
-    _check_a8(q, scale_x, zero_x, weights, bits, group_size, width)
-    _check_end(q.shape[0], weights[0].shape[0], len(weights) // 3, program, inputs)
+    check_a8(q, scale_x, zero_x, weights, bits, group_size, width)
+    check_end(q.shape[0], weights[0].shape[0], len(weights) // 3, program, inputs)
     grouped = weights[1].dim() == 2
     codes = Codes(bits)
     if not launches(q):
@@ -101,6 +100,9 @@ def _a8_gemm(
     steps = ceil_div(q.shape[1], tile.bk if bits == 8 else codes.slices * width)
     count = launch.parts(weights[0].shape[0], steps, tile, on)
     size = group_size if grouped else ONE_GROUP
+    # Asked only of few: a symbolic number of tokens is guarded on it.
+    if tile.bm <= 16 and (tokens := next((t for t in TOKENS if q.shape[0] == t), 0)) and whole_words(q, *weights[::3]):
+        tile, count = launch.gemv_tile(tokens, bits, width), 1
     return launch_a8(q, scale_x, zero_x, weights, inputs, program, bits, size, width, out_dtype, tile, count)
 
 
@@ -123,12 +125,15 @@ def launch_a8(
     grouped = weights[1].dim() == 2
     form = Form(
         products=len(weights) // 3, codes=codes, program=program, zero_x=zero_x is not None, tensor_x=scale_x.dim() == 0,
-        weight_left=tile.weight_left, **(_chunks(codes, q.shape[1], group_size, width) if grouped and codes else {}),
+        weight_left=tile.weight_left,
     )  # fmt: skip
+    if codes and grouped:
+        form = replace(form, **_chunks(codes, q.shape[1], group_size, width))
     values: dict[str, Any] = {"scale_x": scale_x.contiguous(), "zero_x": None if zero_x is None else zero_x.contiguous()}
     for i, (scale, total) in enumerate(zip(weights[1::3], weights[2::3], strict=True)):
         values |= {f"scale_w{i}": scale.contiguous(), f"sum_w{i}": total.contiguous()}
     values["groups"] = weights[1].shape[0]
+    form = replace(form, tokens=tile.bm if tile.bm in TOKENS else 0)
     return _launch(form, rows(q), [rows(w) for w in weights[::3]], values, inputs, dtype, width, tile, count)
 
 
@@ -150,8 +155,8 @@ def _a16_gemm(
     Raises KernelError for other shapes or dtypes, and for groups that do not consist of whole slices.
     """
     codes, each = Codes(bits, 16, not shifted), 3 if shifted else 2
-    _check_a16(x, weights, codes, each, group_size, width)
-    _check_end(x.shape[0], weights[0].shape[0], len(weights) // each, program, inputs)
+    check_a16(x, weights, codes, each, group_size, width)
+    check_end(x.shape[0], weights[0].shape[0], len(weights) // each, program, inputs)
     if not launches(x):
         plain = [
             (codes.unpack(w[0], width)[:, : x.shape[1]], w[1], w[2] if shifted else None)
@@ -180,12 +185,12 @@ def launch_a16(
 ) -> Tensor:
     """Launch with ``tile`` and K in ``count`` parts; everything else as in ``a16_gemm``."""
     codes, each, K = Codes(bits, 16, not shifted), 3 if shifted else 2, x.shape[1]
-    facts = _chunks(codes, K, group_size, width)
     offset = codes.offset(x.dtype)
     form = Form(
         products=len(weights) // each, floats={torch.bfloat16: "bf16", torch.float16: "fp16"}[x.dtype], codes=codes,
-        sums_x=bool(offset or shifted), offset=offset, program=program, weight_left=True, **facts,
+        sums_x=bool(offset or shifted), offset=offset, program=program, weight_left=True,
     )  # fmt: skip
+    form = replace(form, **_chunks(codes, K, group_size, width))
     values: dict[str, Any] = {"groups": weights[1].shape[0]}
     for name, place in (("scale_w", 1), ("zero_w", 2))[: each - 1]:
         values |= {f"{name}{i}": t.contiguous() for i, t in enumerate(weights[place::each])}
@@ -198,13 +203,7 @@ def launch_a16(
     return _launch(form, rows(x), [rows(w) for w in weights[::each]], values, inputs, dtype, width, tile, count)
 
 
-def fits(codes: Codes, group_size: int, width: int) -> bool:
-    """Whether groups consist of whole slices, and blocks of whole groups or groups of whole blocks."""
-    block = codes.slices * width
-    return group_size % width == 0 and (group_size % block == 0 or block % group_size == 0)
-
-
-def _chunks(codes: Codes, K: int, group_size: int, width: int) -> dict[str, int]:
+def _chunks(codes: Codes, K: int, group_size: int, width: int) -> dict[str, Any]:
     """How groups lie on slices: the facts of a Form."""
     block = codes.slices * width
     group = ceil_div(K, block) * block if group_size >= K else group_size
@@ -228,7 +227,8 @@ def _launch(
     width = width if form.codes else tile.bk
     block = width * (form.codes.slices if form.codes else 1)
     even_m = isinstance(M, int) and M % tile.bm == 0  # a symbolic M is not looked at
-    form = replace(form, parts=count > 1, interpreted=INTERPRETED, even_m=even_m, even_n=N % tile.bn == 0, even_k=K % block == 0)
+    form = replace(form, parts=count > 1, interpreted=INTERPRETED)
+    form = replace(form, even_m=even_m, even_n=N % tile.bn == 0, even_k=K % block == 0)
     out = x.new_empty((M, N), dtype=dtype)
     values = values | {"x": x, "M": M, "N": N, "K": K, "stride_x": x.stride(0), "stride_w": weights[0].stride(0)}
     values |= {f"w{i}": w for i, w in enumerate(weights)}
@@ -241,6 +241,11 @@ def _launch(
     grid = (ceil_div(M, tile.bm) * ceil_div(N, tile.bn), count)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     constants = {"PARTS": count, "BM": tile.bm, "BN": tile.bn, "WIDTH": width, "BAND": 8}
+    if form.tokens:
+        words = {name: values[name].view(torch.int32) for name in ("x", *(f"w{i}" for i in range(form.products)))}
+        words |= {"stride_x": words["x"].stride(0), "stride_w": words["w0"].stride(0)}
+        _call(write_gemv(form), (ceil_div(N, tile.bn),), values | end | constants | words, options)
+        return out
     if count == 1:
         _call(write(form), grid, values | end | constants, options)
         return out
@@ -255,69 +260,6 @@ def _call(text: str, grid: tuple[int, ...], values: dict[str, Any], options: dic
     """Launch the kernel of ``text`` with those of ``values`` that it names."""
     written = kernel(text)
     wrap_triton(written)[grid](**{name: values[name] for name in written.arg_names}, **options)
-
-
-def _check_a8(
-    q: Tensor, scale_x: Tensor, zero_x: Tensor | None, weights: list[Tensor], bits: int, group_size: int, width: int
-) -> None:
-    require(q.dim() == 2 and q.dtype == torch.int8, f"a8_gemm takes int8 codes [M, K], not {q.dtype} {list(q.shape)}")
-    require(len(weights) in (3, 6), f"each product has codes, scale and sums, not {len(weights)} tensors for one or two of them")
-    require(bits in (2, 3, 4, 8), f"codes of {bits} bits are multiplied; 2, 3, 4 or 8 are known")
-    M, K = q.shape
-    N, codes, groups = weights[0].shape[0], Codes(bits), ceil_div(K, group_size)
-    require(0 < K <= MAX_K, f"a8_gemm sums K = {K} products in 32 bits; 1 to {MAX_K} are exact")
-    words = K if bits == 8 else ceil_div(K, codes.slices * width) * codes.words * width
-    scales = [N] if group_size >= K else [groups, N]
-    for w, scale, total in zip(weights[::3], weights[1::3], weights[2::3], strict=True):
-        require(
-            w.dtype == torch.int8 and list(w.shape) == [N, words],
-            f"{N} rows of {K} codes of {bits} bits are int8 [{N}, {words}], not {w.dtype} {list(w.shape)}",
-        )
-        require(list(scale.shape) == scales, f"the scales of the weight must be {scales}, not {list(scale.shape)}")
-        require(list(total.shape) == [N], f"the sums of the weight's rows must be [{N}], not {list(total.shape)}")
-    require(group_size >= K or bits < 8, "int8 codes have one scale for each output")
-    require(group_size >= K or fits(codes, group_size, width), f"groups of {group_size} weights do not consist of whole slices of {width}")
-    for name, value in (("scales", scale_x), ("zero points", zero_x)):
-        if value is not None:
-            shape = list(value.shape)
-            require(shape in ([], [M, 1]), f"{name} of activations must be [{M}, 1] or [], not {shape}")
-    require(zero_x is None or zero_x.shape == scale_x.shape, "scales and zero points of activations must be of one shape")
-
-
-def _check_a16(x: Tensor, weights: list[Tensor], codes: Codes, each: int, group_size: int, width: int) -> None:
-    require(x.dim() == 2 and len(weights) in (each, 2 * each), f"a16_gemm takes [M, K] and {each} tensors for each product")
-    K, N = x.shape[1], weights[0].shape[0]
-    words, groups = ceil_div(K, codes.slices * width) * codes.words * width, ceil_div(K, group_size)
-    whole = group_size >= K or fits(codes, group_size, width)
-    require(whole, f"groups of {group_size} weights do not consist of whole slices of {width}; pack in a width that divides it")
-    for w, *rest in zip(*(weights[i::each] for i in range(each)), strict=True):
-        require(
-            w.dtype == torch.int16 and list(w.shape) == [N, words],
-            f"{N} rows of {K} codes of {codes.bits} bits in slices of {width} are int16 [{N}, {words}], "
-            f"not {w.dtype} {list(w.shape)}",
-        )
-        for t in rest:
-            require(
-                list(t.shape) == [groups, N],
-                f"{groups} groups of {group_size} weights and {N} outputs have scales and zero points [{groups}, {N}], "
-                f"not {list(t.shape)}",
-            )
-
-
-def _check_end(M: Any, N: Any, products: int, text: str, inputs: list[Tensor]) -> None:
-    """Each operand of the program is there, and of the shape that its name says."""
-    program = Program.parse(text)
-    shapes: dict[str, list[Any]] = {"full": [M, N], "column": [N], "row": [M, 1], "scalar": []}
-    known = {f"y{i}" for i in range(products)}
-    for step in program.steps:
-        for name in step.args:
-            if kind_of(name) in KINDS:
-                require(number_of(name) < len(inputs), f"{name} of {text!r} is not among {len(inputs)} operands")
-                wanted, shape = shapes[kind_of(name)], list(inputs[number_of(name)].shape)
-                require(shape == wanted, f"{name} of {text!r} must be {wanted}, not {shape}")
-            else:
-                require(name in known or not kind_of(name), f"{name} of {text!r} is not there yet")
-        known.add(step.name)
 
 
 a8_gemm = define("a8_gemm", _a8_gemm)

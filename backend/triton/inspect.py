@@ -1,6 +1,6 @@
 """Compile a kernel for a GPU that is not here, and read off what it would cost: registers, spills, shared memory, instructions.
 
-``python -m fxquant.backend.triton.inspect`` prints the table of docs/gpu.md.
+``python -m fxquant.backend.triton.inspect`` prints the table of docs/gpu.md; with the name of a line, its Triton text.
 """
 
 # mypy: disable-error-code="import-untyped, import-not-found"
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +28,8 @@ from .codes import Codes
 from .language import triton
 from .program import Program, kind_of
 
-TENSOR_CORE = re.compile(r"[IH]G?MMA$")
+PRODUCT = re.compile(r"[IH]G?MMA$|IDP$")
+"""The instructions that multiply: those of the tensor cores, and dp4a."""
 POINTERS = {
     torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
@@ -68,11 +70,11 @@ class Inspection:
 
     @cached_property
     def loop(self) -> Counter[str]:
-        """The opcodes of the shortest loop that holds a tensor core instruction; empty if there is none."""
+        """The opcodes of the shortest loop that holds an instruction of a product; empty if there is none."""
         bodies = []
         for start, end in self._loops():
             body = Counter(opcode for address, opcode, _ in self.instructions if start <= address <= end)
-            if any(TENSOR_CORE.match(opcode.split(".")[0]) for opcode in body):
+            if any(PRODUCT.match(opcode.split(".")[0]) for opcode in body):
                 bodies.append(body)
         return min(bodies, key=lambda body: body.total(), default=Counter())
 
@@ -88,12 +90,14 @@ class Inspection:
         """Instructions that one thread issues in the loop per weight, of a kernel with the weight on the left of ``tokens``.
 
         One HGMMA takes 64 x 16 weights from the 128 threads of a warp group, one HMMA 16 x 16 from 32 for each 8 tokens: 8 per
-        thread either way; an eight-bit product twice that.
+        thread either way; an eight-bit product twice that. A dp4a takes 4 weights, for each token again.
         """
         weights = 0.0
         for opcode, n in self.loop.items():
             family = opcode.split(".")[0]
-            if TENSOR_CORE.match(family):
+            if family == "IDP":
+                weights += n * 4 / tokens
+            elif PRODUCT.match(family):
                 weights += n * (16 if "I" in family else 8) / (1 if "G" in family else max(tokens, 8) / 8)
         return self.loop.total() / weights
 
@@ -277,13 +281,18 @@ CASES = (
     Case("W8A8, M = 4096, tanh GELU, int8 codes out", a8_case(4096, program=CODES, dtype=torch.int8)),
     Case("W8A8, M = 64, gated pair", a8_case(64, program=GATED, products=2)),
     Case("W8A8, M = 16, split K", a8_case(16)),
+    Case("W8A8, M = 1, dp4a", a8_case(1), 1),
+    Case("W4A8 g128, M = 1, dp4a", a8_case(1, 4, 128), 1),
+    Case("W4A8 g128, M = 2, dp4a, gated pair", a8_case(2, 4, 128, GATED, 2), 2),
+    Case("W3A8 g128, M = 1, dp4a", a8_case(1, 3, 128, width=64), 1),
+    Case("W2A8, M = 1, dp4a", a8_case(1, 2), 1),
     Case("W4A8 g128, M = 8", a8_case(8, 4, 128), 8),
     Case("W4A8 g128, M = 16", a8_case(16, 4, 128), 16),
     Case("W4A8 g128, M = 16, gated pair", a8_case(16, 4, 128, GATED, 2), 16),
     Case("W4A8 g128, M = 64", a8_case(64, 4, 128)),
     Case("W4A8 g128, M = 4096", a8_case(4096, 4, 128)),
-    Case("W3A8 g128, M = 8", a8_case(8, 3, 128), 8),
-    Case("W3A8, M = 16", a8_case(16, 3), 16),
+    Case("W3A8 g128, M = 8", a8_case(8, 3, 128, width=64), 8),
+    Case("W3A8, M = 16", a8_case(16, 3, width=64), 16),
     Case("W2A8, M = 8", a8_case(8, 2), 8),
     Case("W2A8, M = 16", a8_case(16, 2), 16),
     Case("W2A8, M = 4096", a8_case(4096, 2)),
@@ -298,9 +307,19 @@ CASES = (
 )
 
 
+def sources(run: Callable[[], object], on: launch.Device) -> list[str]:
+    """The texts of the kernels that ``run`` launches on the device ``on``."""
+    with FakeTensorMode():
+        return [asked.kernel.src for asked in launches(run, on)]
+
+
 def main() -> None:
-    """Print the table, a line for each case and compute capability."""
-    columns = ("kernel", "sm", "registers", "stack", "shared, bytes", "instructions", "in the loop", "tensor core in loop")
+    """Print the table, a line for each case and compute capability; given the name of a case, its kernels instead."""
+    for case in CASES:
+        if sys.argv[1:] == [case.name]:
+            print("\n".join(sources(case.run, launch.KNOWN[-1])))
+            return
+    columns = ("kernel", "sm", "registers", "stack", "shared, bytes", "instructions", "in the loop", "products in the loop")
     print(f"| {' | '.join(columns)} | instructions per weight |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
@@ -308,7 +327,7 @@ def main() -> None:
             if on.capability == 86:
                 continue  # compiles to the code of 80
             seen = case.inspect(on)
-            products = ", ".join(f"{n} {op}" for op, n in seen.loop.items() if TENSOR_CORE.match(op.split(".")[0]))
+            products = ", ".join(f"{n} {op}" for op, n in seen.loop.items() if PRODUCT.match(op.split(".")[0]))
             share = f"{seen.per_weight(case.tokens):.2f}" if case.tokens else ""
             print(
                 f"| {case.name} | {on.capability} | {seen.registers} | {seen.stack} | {seen.shared} "

@@ -110,6 +110,12 @@ def a8_tile(M: int, bits: int, width: int, products: int, on: Device) -> Tile:
     return _fit(tile, (products * codes.words * tile.bn + codes.slices * tile.bm) * width, on)
 
 
+def gemv_tile(tokens: int, bits: int, width: int) -> Tile:
+    """The tile for one or two tokens: 16 bytes of the weight for each thread at a time."""
+    width = width if bits < 8 else 512
+    return Tile(tokens, 8192 // width // 4, width, 4, 3)
+
+
 def a16_tile(M: int, slices: int, width: int, products: int, on: Device) -> Tile:
     """The tile for ``M`` tokens of one or two weight-only products whose words hold ``slices`` slices of ``width`` codes."""
     tile = _share(_pick(WEIGHT_ONLY[90 if on.capability >= 90 else 80], M), products)

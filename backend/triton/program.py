@@ -28,8 +28,11 @@ class Op:
     triton: str
 
 
-ROUND = "tl.where(tl.abs({0}) < 4194304.0, (tl.minimum(tl.maximum({0}, -4194304.0), 4194304.0) + 12582912.0) - 12582912.0, {0})"
-"""Adding 1.5 * 2**23 leaves the nearest integer, halves to even; the clamp keeps a product from being fused into the addition."""
+ROUND = (
+    "tl.where(tl.abs({0}) < 4194304.0, "
+    "(tl.minimum(tl.maximum({0}, -4194304.0), 4194304.0) + 12582912.0) - 12582912.0, {0})"
+)
+"""Adding 1.5 * 2**23 leaves the nearest integer, halves to even; the clamp keeps a product from fusing with the addition."""
 
 TANH = (
     "tl.where(tl.abs({0}) < 0.04, {0} * (1.0 - {0} * {0} * 0.3333333333333333), "
@@ -66,7 +69,8 @@ OPS: dict[str, Op] = {
     "gelu": Op(F.gelu, "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))"),
     # 0.5 (1 + tanh z) == sigmoid(2 z): one exponential, and no cancellation where tanh is near -1
     "gelu_tanh": Op(
-        lambda a: F.gelu(a, approximate="tanh"), "{0} / (1.0 + tl.exp(-1.5957691216057308 * {0} * (1.0 + 0.044715 * {0} * {0})))"
+        lambda a: F.gelu(a, approximate="tanh"),
+        "{0} / (1.0 + tl.exp(-1.5957691216057308 * {0} * (1.0 + 0.044715 * {0} * {0})))",
     ),
     "silu": Op(F.silu, "{0} / (1.0 + tl.exp(-{0}))"),
 }  # fmt: skip

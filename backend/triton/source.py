@@ -43,6 +43,7 @@ class Form:
     even_m: bool = False
     even_n: bool = False
     even_k: bool = False
+    tokens: int = 0  # how many rows a GEMV keeps apart (gemv.py)
     interpreted: bool = False  # no inline assembly
 
     @property
@@ -101,7 +102,7 @@ def write(form: Form) -> str:
     if left:
         body += [f"acc{i} = tl.trans(acc{i})" for i in P]
     body += stored_parts(form) if form.parts else ending(form)
-    return _function(form.name, names, sizes, ["PARTS", "BM", "BN", "WIDTH", "BAND"], body)
+    return function(form.name, names, sizes, ["PARTS", "BM", "BN", "WIDTH", "BAND"], body)
 
 
 def write_sum(form: Form) -> str:
@@ -125,7 +126,7 @@ def write_sum(form: Form) -> str:
         *(f"    acc{i} += tl.load(here + {at.format(i)} * M * N, mask=inside, other=0)" for i in P),
         *ending(whole),
     ]
-    return _function(f"sum_of_{form.name}", names, sizes, ["PARTS", "BM", "BN"], body)
+    return function(f"sum_of_{form.name}", names, sizes, ["PARTS", "BM", "BN"], body)
 
 
 def edges(form: Form) -> Iterator[str]:
@@ -283,7 +284,8 @@ def _mask(form: Form) -> str:
     return f", mask={' & '.join(tests)}" if tests else ""
 
 
-def _function(name: str, names: list[str], sizes: list[str], constants: list[str], body: list[str]) -> str:
+def function(name: str, names: list[str], sizes: list[str], constants: list[str], body: list[str]) -> str:
+    """The text of a kernel."""
     head = f"    {', '.join(names)},\n    {', '.join(sizes)},\n    {', '.join(f'{c}: tl.constexpr' for c in constants)},\n"
     return f"@triton.jit\ndef {name}(\n{head}):\n{indent(chr(10).join(body), '    ')}\n"
 
