@@ -31,6 +31,7 @@ from .kernels import KERNELS
 from .kernels.attention_cpu import lower_attention
 from .lower import Lowered, lower
 from .settings import Settings
+from .triton.fuse_epilogue import fuse_epilogues
 
 
 def compile_graph(gm: fx.GraphModule, settings: Settings) -> Callable[..., Any]:
@@ -62,6 +63,7 @@ def compile_captured(graph: fx.GraphModule, settings: Settings, differentiable: 
     quantize(graph, annotation)
     stages.show("quantized", graph)
     kernels = lower(graph, KERNELS, fuel)
+    fuse_epilogues(graph, fuel)
     fuse_norms(graph, fuel)
     fuse_products(graph, fuel)
     lower_attention(graph, fuel)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxquant.backend.triton import int8_gemm, row, weight_only
+from fxquant.backend.triton import gemm, row
+from fxquant.backend.triton.codes import Codes
 
 LAYERS = {"768 to 3072": (3072, 768), "4096 to 4096": (4096,) * 2, "4096 to 14336": (14336, 4096), "8192 to 8192": (8192,) * 2}
 COLD = 256 << 20  # bytes of operands that a timing walks through; the L2 of an H200 holds 50 MB
@@ -77,52 +78,71 @@ def check_rows() -> list[dict[str, Any]]:
     return found
 
 
-def check_int8() -> list[dict[str, Any]]:
-    """With scales of one the product is an integer, and must be the exact one; then the whole epilogue against float64."""
+def packed_a8(codes: torch.Tensor, bits: int, group: int, scale: torch.Tensor) -> list[torch.Tensor]:
+    """A weight as ``a8_gemm`` takes it, in slices of 32; scale: [N], or [G, N] for groups."""
+    words = codes if bits == 8 else Codes(bits).pack(codes, 32)
+    if group >= codes.shape[1]:
+        return [words, scale, codes.sum(1, dtype=torch.int32)]
+    sums = torch.stack([part.sum(1) for part in codes.float().split(group, 1)])
+    return [words, scale, (sums * scale).sum(0)]
+
+
+PROGRAMS = {
+    "": lambda y, y1, bias, full: y,
+    "t0 = add(y0, column0); t1 = gelu(t0); t2 = add(t1, full1)": lambda y, y1, bias, full: F.gelu(y + bias) + full,
+    "t0 = silu(y0); t1 = mul(t0, y1)": lambda y, y1, bias, full: F.silu(y) * y1,
+}
+
+
+def check_a8() -> list[dict[str, Any]]:
+    """With scales of one the product is an integer, and must be the exact one; then programs against float64."""
     found = []
-    shapes = ((1, 1, 1), (1, 4096, 4096), (16, 1001, 768), (17, 96, 100), (64, 3072, 768), (65, 129, 513), (1000, 2304, 768))
-    for M, N, K in shapes:
-        x = torch.randint(-128, 128, (M, K), device="cuda", dtype=torch.int8)
-        w = torch.randint(-128, 128, (N, K), device="cuda", dtype=torch.int8)
-        zero = torch.randint(-128, 128, (M, 1), device="cuda", dtype=torch.int32)
-        total = w.sum(1, dtype=torch.int32)
-        truth = (x.double() - zero) @ w.double().T
-        ones = torch.ones(M, 1, device="cuda"), torch.ones(N, device="cuda")
-        exact = torch.equal(int8_gemm.int8_gemm(x, w, ones[0], zero, ones[1], total), truth.float())
-        scale_x, scale_w = torch.rand(M, 1, device="cuda") / K, torch.rand(N, device="cuda") / 64
-        bias, residual = torch.randn(N, device="cuda"), torch.randn(M, N, device="cuda")
-        errors = {}
-        for activation in ("none", "relu", "gelu", "gelu_tanh", "silu"):
-            y = int8_gemm.int8_gemm(x, w, scale_x, zero, scale_w, total, bias, activation, residual)
-            t = truth * (scale_x.double() * scale_w.double()) + bias.double()
-            act = {"none": lambda t: t, "relu": F.relu, "gelu": F.gelu, "silu": F.silu,
-                   "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}[activation]  # fmt: skip
-            errors[activation] = relative(y, act(t) + residual.double())
-        found.append({"M": M, "N": N, "K": K, "integers exact": exact, "epilogue error": errors})
+    shapes = ((1, 1, 1), (1, 4096, 4096), (2, 100, 256), (16, 1001, 768), (17, 96, 100), (64, 3072, 768), (65, 129, 513))
+    for M, N, K in (*shapes, (1000, 2304, 768)):
+        for bits, group in ((8, K), (4, K), (4, 128), (3, K), (3, 256), (2, K)):
+            if K % min(group, K):
+                continue
+            top, i8, groups = 1 << bits - 1, dict(device="cuda", dtype=torch.int8), max(K // group, 1)
+            q, w = torch.randint(-128, 128, (M, K), **i8), torch.randint(-top, top, (N, K), **i8)
+            zero = torch.randint(-128, 128, (M, 1), device="cuda", dtype=torch.int32)
+            one, scale = torch.ones(M, 1, device="cuda"), torch.ones((groups, N) if groups > 1 else (N,), device="cuda")
+            size = group if groups > 1 else gemm.ONE_GROUP
+            weight, truth = packed_a8(w, bits, size, scale), (q.double() - zero) @ w.double().T
+            y = gemm.a8_gemm(q, one, zero, weight, [], "", bits, size, 32)
+            scale_x, full = torch.rand(M, 1, device="cuda") / K, torch.randn(M, N, device="cuda")
+            bias = torch.randn(N, device="cuda")
+            errors = {}
+            for program, meaning in PROGRAMS.items():
+                inputs, pair = [bias, full] if "full1" in program else [], 2 if "y1" in program else 1
+                ours = gemm.a8_gemm(q, scale_x, zero, weight * pair, inputs, program, bits, size, 32)
+                t = truth * scale_x.double()
+                errors[program] = relative(ours, meaning(t, t, bias.double(), full.double()))
+            found.append({"M": M, "N": N, "K": K, "bits": bits, "group": group, "integers exact": torch.equal(y, truth.float()),
+                          "errors": errors})  # fmt: skip
     return found
 
 
-def check_weight_only() -> list[dict[str, Any]]:
+def check_a16() -> list[dict[str, Any]]:
     """Small integers and powers of two, for which the answer is exact in any order; then ordinary numbers against float64."""
     found = []
     shapes = ((1, 4096, 4096, 128), (9, 35, 260, 128), (16, 96, 512, 64), (33, 130, 1000, 1 << 30), (70, 64, 256, 256))
     for dtype in (torch.float16, torch.bfloat16):
         for bits, shifted in ((4, False), (4, True), (8, False), (8, True)):
             for M, N, K, group in shapes:
-                groups = -(-K // group)
-                low = 0 if shifted else -(1 << bits - 1)
-                codes = torch.randint(low, low + (1 << bits), (N, K), device="cuda").to(torch.uint8 if shifted else torch.int8)
-                zero = torch.randint(0, 1 << bits, (groups, N), device="cuda", dtype=torch.int32) if shifted else None
+                groups, top = -(K // -group), 1 << bits
+                codes = torch.randint(0, top, (N, K), device="cuda") - (0 if shifted else top // 2)
+                codes = codes.to(torch.uint8 if shifted else torch.int8)
                 scale = 2.0 ** torch.randint(-3, 1, (groups, N), device="cuda")
-                op = weight_only.w4a16_gemm if bits == 4 else weight_only.w8a16_gemm
-                packed = weight_only.pack_weight(codes, bits, 64)
+                zero = torch.randint(0, top, (groups, N), device="cuda", dtype=torch.int32) if shifted else None
+                packed = [Codes(bits, 16, not shifted).pack(codes, 64), scale, *([] if zero is None else [zero])]
                 group_of_k = torch.arange(K, device="cuda") // group
                 weight = (codes.double() - (0 if zero is None else zero.double()[group_of_k].T)) * scale.double()[group_of_k].T
                 x = torch.zeros(M, K, device="cuda", dtype=dtype)
                 x[:, torch.randperm(K, device="cuda")[:8]] = 1  # so few that the sums are exact in 16 bits up to a rounding
-                exact = torch.equal(op(x, packed, scale, zero, None, group), (x.double() @ weight.T).float().to(dtype))
+                y = gemm.a16_gemm(x, packed, [], "", shifted, bits, group)
+                exact = torch.equal(y, (x.double() @ weight.T).float().to(dtype))
                 x = torch.randn(M, K, device="cuda").to(dtype)
-                error = relative(op(x, packed, scale, zero, None, group), x.double() @ weight.T)
+                error = relative(gemm.a16_gemm(x, packed, [], "", shifted, bits, group), x.double() @ weight.T)
                 found.append({"dtype": str(dtype), "bits": bits, "zero points": shifted, "M": M, "N": N, "K": K, "group": group,
                               "integers exact": exact, "error": error})  # fmt: skip
     return found
@@ -131,11 +151,11 @@ def check_weight_only() -> list[dict[str, Any]]:
 def check_compiled() -> list[dict[str, Any]]:
     """The same ops inside torch.compile, which inlines the kernels: two token counts, one of them never compiled for."""
     w = torch.randint(-127, 128, (3072, 768), device="cuda", dtype=torch.int8)
-    scale = torch.rand(3072, device="cuda") / 1000
+    scale, sums = torch.rand(3072, device="cuda") / 1000, w.sum(1, dtype=torch.int32)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         q, scale_x, _, total, _ = torch.ops.fxquant.layer_norm_quantize(x * 2, x, None, None, 1e-5, True, True, False)
-        y = torch.ops.fxquant.int8_gemm(q, w, scale_x, None, scale, None, None, "gelu", None, x.dtype)
+        y = torch.ops.fxquant.a8_gemm(q, scale_x, None, [w, scale, sums], [], "t0 = gelu(y0)", out_dtype=x.dtype)
         return y + total.sum()
 
     compiled = torch.compile(layer, fullgraph=True)
@@ -188,45 +208,51 @@ def _linear(M: int, N: int, K: int) -> float:
     return microseconds(make, (N * K + M * K + M * N) * 2)
 
 
-def time_int8() -> list[dict[str, Any]]:
-    """int8 with per-token quantization of its input, beside a bfloat16 linear."""
+def time_a8() -> list[dict[str, Any]]:
+    """Products of int8 activations, alone and with the quantization of their input, beside a bfloat16 linear."""
     found = []
     for name, (N, K) in LAYERS.items():
-        for M in (1, 16, 64, 512, 4096):
-            bf16 = dict(device="cuda", dtype=torch.bfloat16)
+        for M in (1, 2, 8, 16, 64, 512, 4096):
+            base = _linear(M, N, K)
+            for bits, group in ((8, K), (4, 128), (3, 256), (2, K)):
 
-            def make(whole: bool) -> Callable[[], Callable[[], Any]]:
-                def operands() -> Callable[[], Any]:
-                    x, w = torch.randn(M, K, **bf16), torch.randint(-127, 128, (N, K), device="cuda", dtype=torch.int8)  # noqa: B023
-                    scale, bias = torch.rand(N, device="cuda") / 1000, torch.randn(N, **bf16)  # noqa: B023
-                    q, scale_x, _ = row.quantize_rows(x)
+                def make(whole: bool) -> Callable[[], Callable[[], Any]]:
+                    def operands() -> Callable[[], Any]:
+                        bf16, size = dict(device="cuda", dtype=torch.bfloat16), group if group < K else gemm.ONE_GROUP  # noqa: B023
+                        x, bias = torch.randn(M, K, **bf16), torch.randn(N, **bf16)  # noqa: B023
+                        words = torch.randint(-128, 128, (N, K * bits // 8), device="cuda", dtype=torch.int8)  # noqa: B023
+                        scale = torch.rand((K // group, N) if group < K else (N,), device="cuda") / 1000  # noqa: B023
+                        sums = torch.zeros(N, device="cuda", dtype=torch.float32 if group < K else torch.int32)  # noqa: B023
+                        q, scale_x, _ = row.quantize_rows(x)
 
-                    def call() -> Any:
-                        codes, s, _ = row.quantize_rows(x) if whole else (q, scale_x, None)
-                        return int8_gemm.int8_gemm(codes, w, s, None, scale, None, bias, "none", None, torch.bfloat16)
+                        def call() -> Any:
+                            codes, s, _ = row.quantize_rows(x) if whole else (q, scale_x, None)
+                            weight, width = [words, scale, sums], 64 if bits == 3 else 128  # noqa: B023
+                            end = [bias], "t0 = add(y0, column0)"
+                            return gemm.a8_gemm(codes, s, None, weight, *end, bits, size, width, torch.bfloat16)  # noqa: B023
 
-                    return call
+                        return call
 
-                return operands
+                    return operands
 
-            size = N * K + M * K * 3 + M * N * 2
-            gemm, layer, base = microseconds(make(False), size), microseconds(make(True), size), _linear(M, N, K)
-            found.append({"layer": name, "M": M, "gemm us": gemm, "with quantization us": layer, "bf16 us": base,
-                          "gemm ratio": base / gemm, "ratio": base / layer, "TOP/s": 2 * M * N * K / gemm / 1e6})  # fmt: skip
+                size = N * K * bits // 8 + M * K * 3 + M * N * 2
+                product, layer = microseconds(make(False), size), microseconds(make(True), size)
+                found.append({"layer": name, "M": M, "bits": bits, "gemm us": product, "with quantization us": layer,
+                              "bf16 us": base, "gemm ratio": base / product, "ratio": base / layer,
+                              "TOP/s": 2 * M * N * K / product / 1e6})  # fmt: skip
     return found
 
 
-def time_weight_only() -> list[dict[str, Any]]:
+def time_a16() -> list[dict[str, Any]]:
     """W4A16 in groups of 128 and W8A16 per channel beside a bfloat16 linear; the sums of x are part of the time."""
     found = []
     for name, (N, K) in LAYERS.items():
         for M in (1, 8, 16, 32, 64):
             base = _linear(M, N, K)
             for bits, group in ((4, 128), (8, K)):
-                op = weight_only.w4a16_gemm if bits == 4 else weight_only.w8a16_gemm
 
                 def call(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-                    return op(x, packed, scale, None, bias, group)  # noqa: B023
+                    return gemm.a16_gemm(x, [packed, scale], [bias], "t0 = add(y0, column0)", False, bits, group)  # noqa: B023
 
                 compiled = torch.compile(call, dynamic=False)
 
@@ -246,7 +272,7 @@ def time_weight_only() -> list[dict[str, Any]]:
 
 
 SECTIONS: tuple[Callable[[], list[dict[str, Any]]], ...] = (
-    check_rows, check_int8, check_weight_only, check_compiled, time_rows, time_int8, time_weight_only,
+    check_rows, check_a8, check_a16, check_compiled, time_rows, time_a8, time_a16,
 )  # fmt: skip
 
 

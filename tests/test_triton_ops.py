@@ -6,12 +6,15 @@ import sys
 import pytest
 import torch
 
-from fxquant.backend.triton import int8_gemm, row, weight_only
+from fxquant.backend.triton import gemm, row
+from fxquant.backend.triton.codes import Codes
 
 X = torch.linspace(-3, 5, 6 * 64).view(6, 64)
 CODES = torch.arange(-7, 8, dtype=torch.int8).repeat(64)[: 9 * 64].view(9, 64)
 SCALE = torch.linspace(0.01, 0.02, 9)
-W4, W8 = weight_only.pack_weight(CODES, 4, 16), weight_only.pack_weight(CODES, 8, 16)
+SUMS = CODES.sum(1, dtype=torch.int32)
+W4, W8 = Codes(4, 16).pack(CODES, 16), Codes(8, 16).pack(CODES, 16)
+FEW = CODES.clamp(-3, 3)
 
 
 def norm_quantize(x):
@@ -24,18 +27,25 @@ def rms(x):
 
 def int8(x):
     q, scale, zero_point = torch.ops.fxquant.quantize_rows(x, False)
-    return torch.ops.fxquant.int8_gemm(q, CODES, scale, zero_point, SCALE, CODES.sum(1, dtype=torch.int32), SCALE, "silu")
+    weight, program = [CODES, SCALE, SUMS], "t0 = add(y0, column0); t1 = silu(t0)"
+    return torch.ops.fxquant.a8_gemm(q, scale, zero_point, weight, [SCALE], program)
+
+
+def w3a8_gated(x):
+    q, scale, _ = torch.ops.fxquant.quantize_rows(x, True)
+    weight = [Codes(3).pack(FEW, 32), SCALE, FEW.sum(1, dtype=torch.int32)]
+    return torch.ops.fxquant.a8_gemm(q, scale, None, weight * 2, [], "t0 = silu(y0); t1 = mul(t0, y1)", 3, width=32)
 
 
 def w4a16(x):
-    return torch.ops.fxquant.w4a16_gemm(x, W4, SCALE[None], None, None, 64, 16)
+    return torch.ops.fxquant.a16_gemm(x, [W4, SCALE[None]], [], "", False, 4, 64, 16)
 
 
 def w8a16(x):
-    return torch.ops.fxquant.w8a16_gemm(x, W8, SCALE[None], None, None, 64, 16)
+    return torch.ops.fxquant.a16_gemm(x, [W8, SCALE[None]], [], "", False, 8, 64, 16)
 
 
-@pytest.mark.parametrize("call", [norm_quantize, rms, int8, w4a16, w8a16])
+@pytest.mark.parametrize("call", [norm_quantize, rms, int8, w3a8_gated, w4a16, w8a16])
 def test_a_compiled_op_on_the_cpu_is_its_plain_meaning(call):
     x = X.clone()
     torch._dynamo.mark_dynamic(x, 0)
@@ -56,13 +66,13 @@ def test_weight_only_products_equal_those_of_the_decoded_weight():
     torch.testing.assert_close(w8a16(X), truth)
 
 
-@pytest.mark.parametrize("op", [row.layer_norm_quantize, int8_gemm.int8_gemm, weight_only.w4a16_gemm])
+@pytest.mark.parametrize("op", [row.layer_norm_quantize, gemm.a8_gemm, gemm.a16_gemm])
 def test_the_fake_implementation_and_the_schema_hold(op):
     q, scale, _ = row.quantize_rows(X)
     arguments = {
         row.layer_norm_quantize: (X, X, None, None, 1e-5, True, True, True),
-        int8_gemm.int8_gemm: (q, CODES, scale, None, SCALE),
-        weight_only.w4a16_gemm: (X, W4, SCALE[None], None, None, 64, 16),
+        gemm.a8_gemm: (q, scale, None, [CODES, SCALE, SUMS], [X[:1, :9].expand(6, 9)], "t0 = add(y0, full0)"),
+        gemm.a16_gemm: (X, [W4, SCALE[None]], [], "", False, 4, 64, 16),
     }[op]
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -73,7 +83,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from fxquant.backend.triton import int8_gemm, row, weight_only
+from fxquant.backend.triton import gemm, row
 from fxquant.backend.triton.language import KernelError
 print(row.quantize_rows(torch.tensor([[-1.0, 0.5]]))[0].tolist())
 try:

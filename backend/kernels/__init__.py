@@ -6,10 +6,12 @@ from .int8_onednn import Int8Linear
 from .int8_triton import Int8TritonLinear
 from .int8_vnni import Int8VnniLinear
 from .kernel import Kernel
+from .low_bit_triton import LowBitTritonLinear
 from .simulated import SimulatedLinear
 from .weight_only_triton import WeightOnlyTritonLinear
 
 KERNELS: tuple[Kernel, ...] = (
+    LowBitTritonLinear(),
     Int8TritonLinear(),
     WeightOnlyTritonLinear(),
     Int8VnniLinear(),

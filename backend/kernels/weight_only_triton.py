@@ -9,20 +9,21 @@ from fxquant.numerics.granularity import PerChannel, PerGroup
 from fxquant.recipe import Spec
 
 from ..triton import launch
-from ..triton.epilogue import ACTIVATIONS
-from ..triton.weight_only import OFFSET, pack_weight, w4a16_gemm, w8a16_gemm
+from ..triton.codes import OFFSET, Codes
+from ..triton.gemm import ONE_GROUP, a16_gemm
+from .int8_triton import end
 from .kernel import Claim, Product, misfit
 
 # What the kernels were compiled and looked at for: bits and granularity of the weight.
 FORMS = ((4, PerGroup(128)), (8, PerChannel(0)))
-ONE_GROUP = 1 << 30  # a group of K or more: one scale per row
+WIDTH = 64  # of a slice: with 4 bits, a group is two slices and a block two groups
 
 
 class WeightOnlyTritonLinear:
     """Weights of 4 bits in groups of 128 or of 8 bits per channel, either symmetric or not; 16-bit floats as activations."""
 
     name = "weight-only Triton (fused epilogue)"
-    epilogues = tuple(name for name in ACTIVATIONS if name != "none")
+    epilogues = ()  # triton/fuse_epilogue.py takes whatever is pointwise
 
     def supports(self, product: Product) -> Claim | Miss:
         w = product.weight_spec
@@ -46,7 +47,8 @@ class WeightOnlyTritonLinear:
         codes = spec.encode(weight, qparams)
         turned = [t.reshape(weight.shape[0], -1).t() for t in qparams if t is not None]
         blocks = [t.clone(memory_format=torch.contiguous_format) for t in turned]
-        return pack_weight(codes, spec.format.bits), blocks[0].to(torch.float32), *blocks[1:]
+        words = Codes(spec.format.bits, 16, len(blocks) == 1).pack(codes, WIDTH)
+        return words, blocks[0].to(torch.float32), *blocks[1:]
 
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
         raise AssertionError("activations stay in floating point")
@@ -54,10 +56,7 @@ class WeightOnlyTritonLinear:
     def product(self, prepared: tuple[Tensor, ...], packed: tuple[Tensor, ...], bias: Tensor | None, like: Product) -> Tensor:
         spec, x = like.weight_spec, prepared[0]
         assert spec is not None
-        gemm = w4a16_gemm if spec.format.bits == 4 else w8a16_gemm
-        words, scale, *rest = packed
-        zero_point = rest[0] if rest else None
         size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else ONE_GROUP
-        rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = gemm(rows, words, scale, zero_point, bias, group_size=size, activation=like.epilogue or "none")
-        return y.view(*x.shape[:-1], words.shape[0])
+        rows, bits = x.reshape(-1, x.shape[-1]), spec.format.bits
+        y: Tensor = a16_gemm(rows, list(packed), *end(bias), len(packed) == 3, bits, size, WIDTH)
+        return y.view(*x.shape[:-1], packed[0].shape[0])

@@ -1,6 +1,6 @@
 """Compile a kernel for a GPU that is not here, and read off what it would cost: registers, spills, shared memory, instructions.
 
-``python -m fxquant.backend.triton.inspect`` prints the table of docs/gpu.md.
+``python -m fxquant.backend.triton.inspect`` prints the table of docs/gpu.md; with the name of a line, its Triton text.
 """
 
 # mypy: disable-error-code="import-untyped, import-not-found"
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,10 +23,13 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import epilogue, int8_gemm, launch, row, weight_only
+from . import gemm, launch, row
+from .codes import Codes
 from .language import triton
+from .program import Program, kind_of
 
-TENSOR_CORE = re.compile(r"[IH]G?MMA$")
+PRODUCT = re.compile(r"[IH]G?MMA$|IDP$")
+"""The instructions that multiply: those of the tensor cores, and dp4a."""
 POINTERS = {
     torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
@@ -66,11 +70,11 @@ class Inspection:
 
     @cached_property
     def loop(self) -> Counter[str]:
-        """The opcodes of the shortest loop that holds a tensor core instruction; empty if there is none."""
+        """The opcodes of the shortest loop that holds an instruction of a product; empty if there is none."""
         bodies = []
         for start, end in self._loops():
             body = Counter(opcode for address, opcode, _ in self.instructions if start <= address <= end)
-            if any(TENSOR_CORE.match(opcode.split(".")[0]) for opcode in body):
+            if any(PRODUCT.match(opcode.split(".")[0]) for opcode in body):
                 bodies.append(body)
         return min(bodies, key=lambda body: body.total(), default=Counter())
 
@@ -86,12 +90,14 @@ class Inspection:
         """Instructions that one thread issues in the loop per weight, of a kernel with the weight on the left of ``tokens``.
 
         One HGMMA takes 64 x 16 weights from the 128 threads of a warp group, one HMMA 16 x 16 from 32 for each 8 tokens: 8 per
-        thread either way; an eight-bit product twice that.
+        thread either way; an eight-bit product twice that. A dp4a takes 4 weights, for each token again.
         """
         weights = 0.0
         for opcode, n in self.loop.items():
             family = opcode.split(".")[0]
-            if TENSOR_CORE.match(family):
+            if family == "IDP":
+                weights += n * 4 / tokens
+            elif PRODUCT.match(family):
                 weights += n * (16 if "I" in family else 8) / (1 if "G" in family else max(tokens, 8) / 8)
         return self.loop.total() / weights
 
@@ -136,7 +142,7 @@ def launches(run: Callable[[], object], on: launch.Device) -> list[Launch]:
         return Recorder()
 
     with ExitStack() as patches:
-        for module in (row, int8_gemm, weight_only, epilogue):
+        for module in (row, gemm):
             patches.enter_context(patch.object(module, "wrap_triton", recorder))
         patches.enter_context(patch.object(launch, "device", lambda index: on))
         run()
@@ -214,31 +220,52 @@ def rows_case(D: int, norm: bool, symmetric: bool = True, dtype: torch.dtype = t
     return run
 
 
-def int8_case(M: int, N: int, K: int, activation: str = "none", dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
-    """The whole epilogue: zero points, scales, bias, activation, residual."""
+BIAS = "t0 = add(y0, column0)"
+GATED = "t0 = silu(y0); t1 = mul(t0, y1)"
+RESIDUAL = f"{BIAS}; t1 = add(t0, full1)"
+ERF = f"{BIAS}; t1 = gelu(t0); t2 = add(t1, full1)"
+CODES = f"{BIAS}; t1 = gelu_tanh(t0); t2 = mul(t1, scalar1); t3 = round(t2); t4 = maximum(t3, -127.0); t5 = minimum(t4, 127.0)"
+
+
+def operands_of(program: str, M: int, N: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Fake operands for ``program``: 16-bit ones as a model has them, scalars in float32."""
+    shapes = {"full": (M, N), "column": (N,), "row": (M, 1), "scalar": ()}
+    kinds = [kind_of(name) for name in Program.parse(program).operands]
+    return [_fake(*shapes[kind], dtype=torch.float32 if kind == "scalar" else dtype) for kind in kinds]
+
+
+def a8_case(
+    M: int, bits: int = 8, group_size: int = gemm.ONE_GROUP, program: str = BIAS, products: int = 1,
+    dtype: torch.dtype = torch.bfloat16, N: int = 4096, K: int = 4096, width: int = 128,
+) -> Callable[[], object]:  # fmt: skip
+    """M tokens in int8 codes with zero points times one or two weights of N x K."""
 
     def run() -> object:
-        i8 = partial(_fake, dtype=torch.int8)
-        zero, total = _fake(M, 1, dtype=torch.int32), _fake(N, dtype=torch.int32)
-        bias, residual = _fake(N, dtype=dtype), _fake(M, N, dtype=dtype)
-        return int8_gemm.int8_gemm(
-            i8(M, K), i8(N, K), _fake(M, 1), zero, _fake(N), total, bias, activation, residual, dtype
-        )
+        words = _fake(N, K * bits // 8, dtype=torch.int8)
+        if group_size < K:
+            weights = [words, _fake(K // group_size, N), _fake(N)]
+        else:
+            weights = [words, _fake(N), _fake(N, dtype=torch.int32)]
+        q, zero = _fake(M, K, dtype=torch.int8), _fake(M, 1, dtype=torch.int32)
+        inputs = operands_of(program, M, N, torch.bfloat16)
+        return gemm.a8_gemm(q, _fake(M, 1), zero, weights * products, inputs, program, bits, group_size, width, dtype)
 
     return run
 
 
-def weight_case(
-    M: int, bits: int, shifted: bool, group_size: int = 128, width: int = 64, dtype: torch.dtype = torch.bfloat16
-) -> Callable[[], object]:
-    """M tokens times a weight of 4096 x 4096."""
+def a16_case(
+    M: int, bits: int, shifted: bool, group_size: int = 128, program: str = "", products: int = 1,
+    dtype: torch.dtype = torch.bfloat16, width: int = 64,
+) -> Callable[[], object]:  # fmt: skip
+    """M tokens in 16-bit floats times one or two weights of 4096 x 4096."""
 
     def run() -> object:
         N = K = 4096
-        packed = _fake(N, K * bits // 16, dtype=torch.int16)
         scale = _fake(-(-K // group_size), N)
-        op = weight_only.w4a16_gemm if bits == 4 else weight_only.w8a16_gemm
-        return op(_fake(M, K, dtype=dtype), packed, scale, scale if shifted else None, None, group_size, width)
+        packed = _fake(N, K // Codes(bits, 16).slices, dtype=torch.int16)
+        weights = [packed, scale, *([scale] if shifted else [])] * products
+        inputs = operands_of(program, M, N, dtype)
+        return gemm.a16_gemm(_fake(M, K, dtype=dtype), weights, inputs, program, shifted, bits, group_size, width)
 
     return run
 
@@ -248,23 +275,51 @@ CASES = (
     Case("residual + LayerNorm + quantize, 4096", rows_case(4096, norm=True)),
     Case("the same, asymmetric", rows_case(4096, norm=True, symmetric=False)),
     Case("residual + LayerNorm + quantize, 384", rows_case(384, norm=True)),
-    Case("int8, M = 4096, erf GELU", int8_case(4096, 4096, 4096, "gelu")),
-    Case("int8, M = 4096", int8_case(4096, 4096, 4096)),
-    Case("int8, M = 64, SiLU", int8_case(64, 4096, 4096, "silu")),
-    Case("int8, M = 16, split K", int8_case(16, 4096, 4096)),
-    Case("W4A16 g128, M = 8", weight_case(8, 4, shifted=False), 8),
-    Case("W4A16 g128 with zero points, M = 8", weight_case(8, 4, shifted=True), 8),
-    Case("W4A16 g128, M = 16", weight_case(16, 4, shifted=False), 16),
-    Case("W4A16 g128, M = 16, float16", weight_case(16, 4, shifted=False, dtype=torch.float16), 16),
-    Case("W4A16 g128, M = 32", weight_case(32, 4, shifted=False), 32),
-    Case("W4A16 g128, M = 64", weight_case(64, 4, shifted=True)),
-    Case("W8A16, M = 16", weight_case(16, 8, shifted=False, group_size=4096), 16),
+    Case("W8A8, M = 4096, bias, erf GELU, residual", a8_case(4096, program=ERF)),
+    Case("W8A8, M = 4096, bias, residual", a8_case(4096, program=RESIDUAL)),
+    Case("W8A8, M = 4096, gated pair", a8_case(4096, program=GATED, products=2)),
+    Case("W8A8, M = 4096, tanh GELU, int8 codes out", a8_case(4096, program=CODES, dtype=torch.int8)),
+    Case("W8A8, M = 64, gated pair", a8_case(64, program=GATED, products=2)),
+    Case("W8A8, M = 16, split K", a8_case(16)),
+    Case("W8A8, M = 1, dp4a", a8_case(1), 1),
+    Case("W4A8 g128, M = 1, dp4a", a8_case(1, 4, 128), 1),
+    Case("W4A8 g128, M = 2, dp4a, gated pair", a8_case(2, 4, 128, GATED, 2), 2),
+    Case("W3A8 g128, M = 1, dp4a", a8_case(1, 3, 128, width=64), 1),
+    Case("W2A8, M = 1, dp4a", a8_case(1, 2), 1),
+    Case("W4A8 g128, M = 8", a8_case(8, 4, 128), 8),
+    Case("W4A8 g128, M = 16", a8_case(16, 4, 128), 16),
+    Case("W4A8 g128, M = 16, gated pair", a8_case(16, 4, 128, GATED, 2), 16),
+    Case("W4A8 g128, M = 64", a8_case(64, 4, 128)),
+    Case("W4A8 g128, M = 4096", a8_case(4096, 4, 128)),
+    Case("W3A8 g128, M = 8", a8_case(8, 3, 128, width=64), 8),
+    Case("W3A8, M = 16", a8_case(16, 3, width=64), 16),
+    Case("W2A8, M = 8", a8_case(8, 2), 8),
+    Case("W2A8, M = 16", a8_case(16, 2), 16),
+    Case("W2A8, M = 4096", a8_case(4096, 2)),
+    Case("W4A16 g128, M = 8", a16_case(8, 4, shifted=False), 8),
+    Case("W4A16 g128 with zero points, M = 8", a16_case(8, 4, shifted=True), 8),
+    Case("W4A16 g128, M = 16", a16_case(16, 4, shifted=False), 16),
+    Case("W4A16 g128, M = 16, float16", a16_case(16, 4, shifted=False, dtype=torch.float16), 16),
+    Case("W4A16 g128, M = 16, gated pair", a16_case(16, 4, shifted=True, program=GATED, products=2), 16),
+    Case("W4A16 g128, M = 32", a16_case(32, 4, shifted=False), 32),
+    Case("W4A16 g128, M = 64", a16_case(64, 4, shifted=True)),
+    Case("W8A16, M = 16", a16_case(16, 8, shifted=False, group_size=4096), 16),
 )
 
 
+def sources(run: Callable[[], object], on: launch.Device) -> list[str]:
+    """The texts of the kernels that ``run`` launches on the device ``on``."""
+    with FakeTensorMode():
+        return [asked.kernel.src for asked in launches(run, on)]
+
+
 def main() -> None:
-    """Print the table, a line for each case and compute capability."""
-    columns = ("kernel", "sm", "registers", "stack", "shared, bytes", "instructions", "in the loop", "tensor core in loop")
+    """Print the table, a line for each case and compute capability; given the name of a case, its kernels instead."""
+    for case in CASES:
+        if sys.argv[1:] == [case.name]:
+            print("\n".join(sources(case.run, launch.KNOWN[-1])))
+            return
+    columns = ("kernel", "sm", "registers", "stack", "shared, bytes", "instructions", "in the loop", "products in the loop")
     print(f"| {' | '.join(columns)} | instructions per weight |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
@@ -272,7 +327,7 @@ def main() -> None:
             if on.capability == 86:
                 continue  # compiles to the code of 80
             seen = case.inspect(on)
-            products = ", ".join(f"{n} {op}" for op, n in seen.loop.items() if TENSOR_CORE.match(op.split(".")[0]))
+            products = ", ".join(f"{n} {op}" for op, n in seen.loop.items() if PRODUCT.match(op.split(".")[0]))
             share = f"{seen.per_weight(case.tokens):.2f}" if case.tokens else ""
             print(
                 f"| {case.name} | {on.capability} | {seen.registers} | {seen.stack} | {seen.shared} "

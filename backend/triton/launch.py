@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from .codes import Codes
 from .language import INSTALLED, ceil_div, power_of_two
 
 
@@ -89,19 +90,41 @@ WEIGHT_ONLY = {
     ),
 }
 
+# Two, three and four bits against int8 activations; bk is the slice width, as above.
+LOW_BIT = (
+    (8, Tile(8, 64, 0, 4, 4, weight_left=True)),
+    (16, Tile(16, 64, 0, 4, 4, weight_left=True)),
+    (64, Tile(32, 64, 0, 4, 3, weight_left=True)),
+    (None, Tile(64, 128, 0, 8, 3, weight_left=True)),
+)
+
 MAX_PARTS = 16
 
 
-def int8_tile(M: int, on: Device) -> Tile:
-    """The tile for ``M`` tokens of an int8 product."""
-    tile = _pick(INT8, M)
-    return _fit(tile, (tile.bm + tile.bn) * tile.bk, on)
+def a8_tile(M: int, bits: int, width: int, products: int, on: Device) -> Tile:
+    """The tile for ``M`` tokens of one or two products with int8 activations and weights of ``bits`` bits."""
+    if bits == 8:
+        tile = _share(_pick(INT8, M), products)
+        return _fit(tile, (tile.bm + products * tile.bn) * tile.bk, on)
+    codes, tile = Codes(bits), _share(_pick(LOW_BIT, M), products)
+    return _fit(tile, (products * codes.words * tile.bn + codes.slices * tile.bm) * width, on)
 
 
-def weight_only_tile(M: int, slices: int, width: int, on: Device) -> Tile:
-    """The tile for ``M`` tokens of a weight-only product whose words hold ``slices`` slices of ``width`` codes."""
-    tile = _pick(WEIGHT_ONLY[90 if on.capability >= 90 else 80], M)
-    return _fit(tile, (tile.bn + slices * tile.bm) * width * 2, on)
+def gemv_tile(tokens: int, bits: int, width: int) -> Tile:
+    """The tile for one or two tokens: 16 bytes of the weight for each thread at a time."""
+    width = width if bits < 8 else 512
+    return Tile(tokens, 8192 // width // 4, width, 4, 3)
+
+
+def a16_tile(M: int, slices: int, width: int, products: int, on: Device) -> Tile:
+    """The tile for ``M`` tokens of one or two weight-only products whose words hold ``slices`` slices of ``width`` codes."""
+    tile = _share(_pick(WEIGHT_ONLY[90 if on.capability >= 90 else 80], M), products)
+    return _fit(tile, (products * tile.bn + slices * tile.bm) * width * 2, on)
+
+
+def _share(tile: Tile, products: int) -> Tile:
+    """Two products share the accumulators of one, where those are many."""
+    return replace(tile, bn=tile.bn // products) if tile.bm * tile.bn > 2048 else tile
 
 
 def _fit(tile: Tile, bytes_per_stage: int, on: Device) -> Tile:
