@@ -79,11 +79,12 @@ def _scaled_shortcut(rows: fx.Node) -> fx.Node | None:
 
 
 def _write(gm: fx.GraphModule, rows: fx.Node, product: fx.Node) -> None:
-    residual, scale, norm, weight, bias, eps = None, None, "none", None, None, 0.0
-    flags: Any = (*rows.args[1:], False, False)
+    residual: Any = None
+    way: Any = (None, "none", None, None, 0.0, *rows.args[1:], False, False)
     if rows.target is ops.normalize_rows:
-        scale, norm, weight, bias, eps, *flags = rows.args[2:]
         residual = rows.args[1] if product is rows.args[0] else rows.args[0]
+        way = rows.args[2:]
+    scale, norm, weight, bias, eps, *flags = way
 
     def fused(product: Any, *rest: Tensor | None) -> list[Tensor]:
         residual, scale, weight, bias = rest

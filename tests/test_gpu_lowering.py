@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fxquant.backend.cpu import build
+from fxquant.backend.cpu import ops as cpu
 from fxquant.backend.fuse_norms import fuse_norms
 from fxquant.backend.fuse_products import fuse_products
 from fxquant.backend.kernels import KERNELS
@@ -482,6 +483,24 @@ def test_on_a_cpu_norms_fuse_with_their_quantization_and_products_with_both(bloc
     assert torch.equal(*run(ours, data(ours)), *apart)
     for other in (before, run(plain, data(plain))):
         assert distance(other, apart) < 1e-6
+
+
+@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
+def test_on_a_cpu_the_scale_that_a_transform_leaves_on_a_shortcut_goes_along() -> None:
+    def block(x, G, B, WU, WD, G2, B2, WO):
+        h = F.layer_norm(x, (D,), G, B)
+        return F.linear(F.layer_norm(F.linear(F.linear(h, WU), WD) + h, (D,), G2, B2), WO)
+
+    gm = quantized(block, "cpu")
+    lower(gm, KERNELS, Fuel())
+    fuse_norms(gm, Fuel())
+    apart, between = run(gm, data(gm)), ops(gm)["mul"]
+    fuse_products(gm, Fuel())
+    gm.graph.lint()
+    gm.recompile()
+    (scaled,) = [n for n in gm.graph.nodes if n.target is cpu.linear_rows and n.args[10] is not None]
+    assert scaled.args[11] is not None and ops(gm)["mul"] == between - 1
+    assert torch.equal(*run(gm, data(gm)), *apart)
 
 
 def test_a_product_that_others_read_too_is_not_fused_and_says_why() -> None:
