@@ -50,7 +50,8 @@ def _match(quantize: fx.Node) -> Match | Miss:
     for norm in (layer_norm, rms_norm):
         found = norm.match(rows)
         if isinstance(found, Match):
-            return _runs(quantize, found) or found
+            unfit = _runs(quantize, found)
+            return found if unfit is None else unfit  # not `or`: a Miss is false
         misses.append(found)
     return max(misses, key=lambda miss: miss.depth)  # the first of them, if they are equally near
 

@@ -486,6 +486,21 @@ def test_on_a_cpu_norms_fuse_with_their_quantization_and_products_with_both(bloc
 
 
 @pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
+def test_on_a_cpu_rows_that_are_viewed_in_another_shape_before_they_are_quantized_stay_apart() -> None:
+    def block(x, G, B, WU):
+        h = F.layer_norm(x, (D,), G, B).reshape(-1, D)
+        return F.linear(h, WU), h
+
+    gm = quantized(block, "cpu", recipe="W8A8", dynamic=False)
+    lower(gm, KERNELS, Fuel())
+    before = run(gm, data(gm))
+    (miss,) = fuse_norms(gm, Fuel())
+    gm.recompile()
+    assert "viewed in another shape" in miss.reason and ops(gm)["normalize_rows_u8"] == 0
+    assert all(map(torch.equal, run(gm, data(gm)), before))
+
+
+@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
 def test_on_a_cpu_the_scale_that_a_transform_leaves_on_a_shortcut_goes_along() -> None:
     def block(x, G, B, WU, WD, G2, B2, WO):
         h = F.layer_norm(x, (D,), G, B)
