@@ -9,8 +9,8 @@ from models import ZOO, Architecture, main_output
 
 import fxquant
 
-# One of each kind of trouble that compiles in seconds: post-norm, Conv1D, gated and grouped, patches of an image.
-FAST = ("bert", "gpt2", "llama", "vit")
+# One of each kind of trouble that compiles in seconds: post-norm, Conv1D, gated and grouped, patches, flattened tokens.
+FAST = ("bert", "gpt2", "llama", "vit", "opt-post-norm")
 
 # The share that is quantized at least, where it is not all: in some products a weight comes first, or is no operand of two.
 PARTLY = {"wav2vec2-bert": 0.89, "siglip-vision": 0.99, "siglip": 0.99, "pegasus-x": 0.99, "xlnet": 0.90}
