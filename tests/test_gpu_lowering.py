@@ -527,4 +527,4 @@ def test_a_product_that_others_read_too_is_not_fused_and_says_why() -> None:
     lower(gm, KERNELS, Fuel())
     reasons = [miss.reason for miss in fuse_products(gm, Fuel())]
     assert ops(gm)["linear_rows_u8s8"] == 0
-    assert all(reasons)
+    assert reasons and all(reasons)
