@@ -67,14 +67,14 @@ class SensingStage(Stage):
         The output is summed up with random signs: squares of its slopes have the sum over all outputs as their mean.
         """
         signs = torch.randint(0, 2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
-        values = [x for _, x in self._met]
-        if not values or not output.requires_grad:
+        met = list(self._met)
+        self._met.clear()  # in any case: what one call met is nothing to the next
+        if not met or not output.requires_grad:
             return
-        slopes = torch.autograd.grad(output, values, signs, allow_unused=True)
-        for (key, x), slope in zip(self._met, slopes, strict=True):
+        slopes = torch.autograd.grad(output, [x for _, x in met], signs, allow_unused=True)
+        for (key, x), slope in zip(met, slopes, strict=True):
             if slope is not None:
                 self._keep(key, x.detach(), slope, share, generator)
-        self._met.clear()
 
     def _keep(self, key: str, x: Tensor, slope: Tensor, share: int, generator: torch.Generator) -> None:
         whole, mask = self._whole(key), mask_for(self._session.masks, self._decoder[key])
