@@ -41,8 +41,8 @@ class Tokens(NamedTuple):
 class TokenWise(Observer):
     """The mean over batches of the extremes of the tokens that are left when the fraction ``1 - ratio`` is dropped.
 
-    ``ratio`` in (0, 1], or None to be searched over the whole network. ``fine``: a range of each site's own
-    afterwards. Ratio 1 is ``AverageMinMax()``, bit for bit. How the data is cut into batches counts; their order, and that of tokens, does not.
+    ``ratio`` in (0, 1], or None to be searched over the whole network. ``fine``: a range of each site's own afterwards. Ratio
+    1 is ``AverageMinMax()``, bit for bit. How the data is cut into batches counts; their order, and that of tokens, does not.
 
     Per channel a token has one value in each, and 256 order statistics stand for those of a batch: ranges are nested and lie
     within the extremes all the same, and are exact for up to 256 tokens.
