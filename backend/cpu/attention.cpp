@@ -148,7 +148,7 @@ void band(const Attention& a, const Space& space, int64_t b, int64_t h, int64_t 
     }
     for (int64_t i = 0; i < rows; i++)
       for (int64_t c = 0; c < a.D; c += LANES)
-        store(a.out + (((b * a.L + l + i) * a.H + h) * a.D + c) * size, _mm512_load_ps(mixed + i * width + c), a.dtype, tail(a.D - c));
+        store(a.out + ((b * a.L + l + i) * a.row + h * a.D + c) * size, _mm512_load_ps(mixed + i * width + c), a.dtype, tail(a.D - c));
   }
 }
 
@@ -161,12 +161,12 @@ int attention(const char* q, const char* k, const char* v, const char* mask, cha
               const int64_t* strides, int causal, float scale, int amx, int threads) {
   Attention a = {q, k, v, mask, out, dtype, mask_dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
                  strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6], strides[7], strides[8],
-                 strides[9], strides[10], strides[11], strides[12], causal, scale};
+                 strides[9], strides[10], strides[11], strides[12], sizes[1] * sizes[5], causal, scale};
   const int64_t padded = (a.T + KEYS - 1) / KEYS * KEYS, width = (a.D + LANES - 1) / LANES * LANES;
   const int64_t floats = padded * a.D + padded * width + QUERIES * padded + 2 * QUERIES * width;
   int64_t bytes = floats * sizeof(float), step = QUERIES;
 #ifdef WITH_AMX
-  if (amx) bytes = amx_attention_bytes(a), step = 16;
+  if (amx) bytes = amx_attention_bytes(a), step = 32;
 #endif
   int64_t bands = 1;  // enough tasks for the threads, but copying keys and values must stay the smaller part
   while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 48) bands *= 2;

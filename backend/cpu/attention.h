@@ -9,6 +9,7 @@ struct Attention {
   int dtype, mask_dtype;                 // of the mask: a Dtype, or 3 for bool; mask may be null
   int64_t B, H, G, L, T, D;              // heads of q, heads of k and v
   int64_t qb, qh, ql, kb, kh, kt, vb, vh, vt, mb, mh, ml, mt;  // strides in elements; the last axis is dense
+  int64_t row;                           // numbers in a row of `out`: [B, L, row], of which H times D are written
   int causal;
   float scale;
 };

@@ -1,56 +1,64 @@
-// Attention on AMX: 16 queries at a time meet all their keys, in tiles of bfloat16 with float32 sums.
+// Attention on AMX: 32 queries at a time meet all their keys, in tiles of bfloat16 with float32 sums.
 //
-// A float x is split in two bfloat16, hi = round(x) and lo = round(x - hi), and a product is hi hi + hi lo + lo hi: what is left out
-// is below 3 * 2^-16 of the product, and each split keeps 16 of 24 bits. Tiles are fast enough for three products to hide behind
-// the softmax. Operands that are bfloat16 have no low part; probabilities always do.
+// A float x is split in two bfloat16, hi and lo = round(x - hi), and a product is hi hi + hi lo + lo hi. Of keys and values hi is
+// the nearest bfloat16, of queries and probabilities the one towards zero, which costs less: what both parts leave out, and the
+// product of the low parts, are each below 2^-16 (tests/test_attention.py). Operands that are bfloat16 have no low part;
+// probabilities always do.
+//
+// Tiles multiply one block of queries while the vector units take the softmax of the next one, a few rows after each step: the
+// two would otherwise wait for each other. The pairs of a tile's row are numbers that lie 16 apart, which no sum sees: they come
+// out of two registers without a shuffle.
 
 #include "attention.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int QUERIES = 16, DEPTH = 32, TILE = 512;  // rows of a tile, bfloat16 along the sum, bfloat16 in a tile
+constexpr int SIDE = 16, QUERIES = 32, DEPTH = 32, TILE = 512;  // rows of a tile, bfloat16 along the sum, bfloat16 in a tile
 typedef uint16_t half;
 
-struct Space {
-  half *keys[2], *values[2], *queries[2], *probabilities[2];  // high and low parts
-  float *scores, *mixed;
-};
-
 struct Sizes {
-  int64_t depth, keys, width;  // D in steps of 32, T in steps of 64, D in steps of 16
-  explicit Sizes(const Attention& a) : depth((a.D + 31) / 32 * 32), keys((a.T + 63) / 64 * 64), width((a.D + 15) / 16 * 16) {}
+  int64_t depth, keys, width, row;  // D and T in steps of 32, twice; numbers in a row of scores, never a power of two
+  explicit Sizes(const Attention& a)
+      : depth((a.D + 31) / 32 * 32), keys((a.T + 31) / 32 * 32), width(depth), row(keys + LANES) {}
 };
 
-struct Split {
-  __m512 hi, lo;
+struct Space {
+  half *keys[2], *values[2], *queries[2];  // high and low parts, as tiles
+  half* probabilities[2][2];               // of a block and of the one before it
+  float *scores[2], *mixed, *mask;
 };
 
-inline __m512 nearest(__m512 x) {  // to bfloat16, halves to even; infinities stay
-  __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
+struct Pairs {  // bfloat16 of two registers, in turn
+  __m512i hi, lo;
+};
+
+inline __m512i interleave(__m512i even, __m512i odd) {  // their upper halves
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(even, 16), odd, _mm512_set1_epi32(0xffff0000), 0xf8);  // a | b & c
 }
 
-inline Split split(__m512 x) {
-  __mmask16 odd = _mm512_fpclass_ps_mask(x, 0x99);  // infinite or NaN: no low part
-  __m512 hi = _mm512_mask_mov_ps(nearest(x), odd, x);
-  return {hi, nearest(_mm512_maskz_sub_ps((__mmask16)~odd, x, hi))};
+inline __m512i halfway(__m512i x) { return _mm512_add_epi32(x, _mm512_set1_epi32(0x8000)); }  // cut, it is the nearest bfloat16
+
+template <bool NEAREST>
+inline __m512i high(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  return _mm512_and_si512(NEAREST ? halfway(bits) : bits, _mm512_set1_epi32(0xffff0000));
 }
 
-inline __m512i pairs(__m512 even, __m512 odd) {  // bfloat16 of both, in turn
-  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
-                         _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(0xffff0000)));
+template <bool NEAREST>
+inline Pairs split(__m512 x, __m512 y) {
+  const __mmask16 x_odd = _mm512_fpclass_ps_mask(x, 0x99), y_odd = _mm512_fpclass_ps_mask(y, 0x99);  // infinite or NaN: no low part
+  const __m512i a = _mm512_mask_mov_epi32(high<NEAREST>(x), x_odd, _mm512_castps_si512(x));
+  const __m512i b = _mm512_mask_mov_epi32(high<NEAREST>(y), y_odd, _mm512_castps_si512(y));
+  const __m512 p = _mm512_maskz_sub_ps((__mmask16)~x_odd, x, _mm512_castsi512_ps(a)), q = _mm512_maskz_sub_ps((__mmask16)~y_odd, y, _mm512_castsi512_ps(b));
+  return {interleave(a, b), interleave(halfway(_mm512_castps_si512(p)), halfway(_mm512_castps_si512(q)))};
 }
 
-inline void store_row(half* at, __m512 x) { _mm256_storeu_si256((__m256i*)at, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16))); }
-
-void transpose(const uint32_t* from, uint32_t* to) {  // 16 x 16
+void transpose(const __m512i* from, half* at) {  // 16 x 16 of 32 bits
   __m512i r[16], s[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(from + 16 * i);
+  uint32_t* to = (uint32_t*)at;
 #pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i += 2) s[i] = _mm512_unpacklo_epi32(from[i], from[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(from[i], from[i + 1]);
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4)
     r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]),
@@ -66,131 +74,203 @@ void transpose(const uint32_t* from, uint32_t* to) {  // 16 x 16
   }
 }
 
-// Keys t to t + 16 as tiles [depth / 32][16 pairs along D][16 keys][2]; zeros where there is nothing.
+// Two registers of a row: columns c to c + 16 and c + 16 to c + 32, zeros from D.
+struct Row {
+  __m512 left, right;
+};
+
+inline Row row_of(const Attention& a, const char* x, int64_t c, bool there) {
+  if (!there) return {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  const int64_t left = a.D - c, size = element_size(a.dtype);
+  return {load(x + c * size, a.dtype, tail(left)), left > LANES ? load(x + (c + LANES) * size, a.dtype, tail(left - LANES)) : _mm512_setzero_ps()};
+}
+
+// Keys t to t + 16 as tiles [keys / 16][depth / 32][16 pairs along D][16 keys][2].
 void take_keys(const Attention& a, const Sizes& sizes, const Space& space, const char* k, int64_t t, int64_t seen, int parts) {
-  const int size = element_size(a.dtype);
   for (int64_t c = 0; c < sizes.depth; c += DEPTH) {
-    alignas(64) half rows[2][TILE];
-    for (int64_t i = 0; i < 16; i++)
-      for (int64_t part = 0; part < DEPTH; part += LANES) {
-        const int64_t left = a.D - c - part;
-        const __mmask16 lanes = t + i < seen && left > 0 ? tail(left) : 0;
-        const Split x = split(load(k + ((t + i) * a.kt + c + part) * size, a.dtype, lanes));
-        store_row(rows[0] + i * DEPTH + part, x.hi);
-        if (parts > 1) store_row(rows[1] + i * DEPTH + part, x.lo);
-      }
-    for (int p = 0; p < parts; p++) transpose((uint32_t*)rows[p], (uint32_t*)(space.keys[p] + (t / 16 * (sizes.depth / DEPTH) + c / DEPTH) * TILE));
+    __m512i hi[SIDE], lo[SIDE];
+    for (int64_t i = 0; i < SIDE; i++) {
+      const Row x = row_of(a, k + (t + i) * a.kt * element_size(a.dtype), c, t + i < seen);
+      const Pairs pairs = split<true>(x.left, x.right);
+      hi[i] = pairs.hi, lo[i] = pairs.lo;
+    }
+    const int64_t at = (t / SIDE * (sizes.depth / DEPTH) + c / DEPTH) * TILE;
+    transpose(hi, space.keys[0] + at);
+    if (parts > 1) transpose(lo, space.keys[1] + at);
   }
 }
 
-// Values t to t + 32 as tiles [width / 16][16 pairs of keys][16 columns][2].
+// Values t to t + 32 as tiles [keys / 32][width / 16][16 pairs of keys][16 columns][2].
 void take_values(const Attention& a, const Sizes& sizes, const Space& space, const char* v, int64_t t, int64_t seen, int parts) {
-  const int size = element_size(a.dtype);
-  for (int64_t c = 0; c < sizes.width; c += LANES)
-    for (int64_t i = 0; i < DEPTH; i += 2) {
-      const Split x = split(load(v + ((t + i) * a.vt + c) * size, a.dtype, t + i < seen ? tail(a.D - c) : 0));
-      const Split y = split(load(v + ((t + i + 1) * a.vt + c) * size, a.dtype, t + i + 1 < seen ? tail(a.D - c) : 0));
-      const int64_t at = (t / DEPTH * (sizes.width / LANES) + c / LANES) * TILE + i * LANES;
-      _mm512_store_si512(space.values[0] + at, pairs(x.hi, y.hi));
-      if (parts > 1) _mm512_store_si512(space.values[1] + at, pairs(x.lo, y.lo));
+  const int64_t step = a.vt * element_size(a.dtype);
+  for (int64_t c = 0; c < sizes.width; c += DEPTH) {
+    const int64_t at = (t / DEPTH * (sizes.width / SIDE) + c / SIDE) * TILE;
+    for (int64_t i = 0; i < SIDE; i++) {
+      const Row x = row_of(a, v + (t + i) * step, c, t + i < seen), y = row_of(a, v + (t + i + SIDE) * step, c, t + i + SIDE < seen);
+      const Pairs left = split<true>(x.left, y.left), right = split<true>(x.right, y.right);
+      _mm512_store_si512(space.values[0] + at + i * DEPTH, left.hi);
+      _mm512_store_si512(space.values[0] + at + TILE + i * DEPTH, right.hi);
+      if (parts > 1) {
+        _mm512_store_si512(space.values[1] + at + i * DEPTH, left.lo);
+        _mm512_store_si512(space.values[1] + at + TILE + i * DEPTH, right.lo);
+      }
+    }
+  }
+}
+
+// Queries l to l + 32 as tiles [depth / 32][2][16 rows][16 pairs along D][2].
+void take_queries(const Attention& a, const Sizes& sizes, const Space& space, const char* q, int64_t rows) {
+  for (int64_t c = 0; c < sizes.depth; c += DEPTH)
+    for (int64_t i = 0; i < (rows > SIDE ? QUERIES : SIDE); i++) {
+      const Row x = row_of(a, q + i * a.ql * element_size(a.dtype), c, i < rows);
+      const Pairs pairs = split<false>(x.left, x.right);
+      _mm512_store_si512(space.queries[0] + (c * QUERIES + i * DEPTH), pairs.hi);
+      _mm512_store_si512(space.queries[1] + (c * QUERIES + i * DEPTH), pairs.lo);
     }
 }
 
-// Tile `sum` += above parts of the tiles 4, 5 (high and low rows) times 6, 7; intrinsics want their tiles as constants.
-#define ADD_PRODUCT(sum, right, at, parts)          \
-  _tile_loadd(6, (right)[0] + (at), 64);            \
-  _tile_dpbf16ps(sum, 4, 6);                        \
-  if ((parts) & 1) _tile_dpbf16ps(sum, 5, 6);       \
-  if ((parts) & 2) {                                \
-    _tile_loadd(7, (right)[1] + (at), 64);          \
-    _tile_dpbf16ps(sum, 4, 7);                      \
+// Tiles 0 to 3, two above two, += what is at `above`, and TILE further below, times what is at `left` and at `right`; each in one
+// part, or in two where `low` says so (1: the factors on the left, 2: those on the right). Four sums in turn: each takes 52 cycles.
+#define FOUR_PRODUCTS(both)       \
+  _tile_dpbf16ps(0, 4, 6);        \
+  _tile_dpbf16ps(1, 4, 7);        \
+  if (both) {                     \
+    _tile_dpbf16ps(2, 5, 6);      \
+    _tile_dpbf16ps(3, 5, 7);      \
   }
 
-// Scores of 16 queries with 64 keys at t.
-void score(const Sizes& sizes, const Space& space, int64_t t, int parts) {
-  const int64_t steps = sizes.depth / DEPTH, low = parts > 1 ? 3 : 0;
+inline void multiply(half* const above[2], int64_t at, half* const beside[2], int64_t left, int64_t right, int low, bool both) {
+  _tile_loadd(6, beside[0] + left, 64);
+  _tile_loadd(7, beside[0] + right, 64);
+  if (low & 1) {
+    _tile_loadd(4, above[1] + at, 64);
+    if (both) _tile_loadd(5, above[1] + at + TILE, 64);
+    FOUR_PRODUCTS(both)
+  }
+  _tile_loadd(4, above[0] + at, 64);
+  if (both) _tile_loadd(5, above[0] + at + TILE, 64);
+  FOUR_PRODUCTS(both)
+  if (low & 2) {
+    _tile_loadd(6, beside[1] + left, 64);
+    _tile_loadd(7, beside[1] + right, 64);
+    FOUR_PRODUCTS(both)
+  }
+}
+
+inline void clear() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t step = 0; step < steps; step++) {
-    const int64_t at = (t / 16 * steps + step) * TILE, next = steps * TILE;
-    _tile_loadd(4, space.queries[0] + step * DEPTH, 2 * sizes.depth);
-    if (low) _tile_loadd(5, space.queries[1] + step * DEPTH, 2 * sizes.depth);
-    ADD_PRODUCT(0, space.keys, at, low);
-    ADD_PRODUCT(1, space.keys, at + next, low);
-    ADD_PRODUCT(2, space.keys, at + 2 * next, low);
-    ADD_PRODUCT(3, space.keys, at + 3 * next, low);
-  }
-  float* s = space.scores + t;
-  _tile_stored(0, s, 4 * sizes.keys);
-  _tile_stored(1, s + 16, 4 * sizes.keys);
-  _tile_stored(2, s + 32, 4 * sizes.keys);
-  _tile_stored(3, s + 48, 4 * sizes.keys);
 }
 
-// One row of scores becomes probabilities up to their sum, in two bfloat16 each, zeros from T to `end`; returns 1 / sum.
-float softmax(const Attention& a, const Space& space, int64_t row, const Sizes& sizes, const char* mask, int64_t T, int64_t end) {
-  float* s = space.scores + row * sizes.keys;
-  const __m512 off = _mm512_set1_ps(-INFINITY), base = _mm512_set1_ps(1.44269504f), scale = _mm512_set1_ps(a.scale);
-  __m512 largest = off;
-  for (int64_t t = 0; t < T; t += LANES) {
-    __m512 x = _mm512_mul_ps(_mm512_load_ps(s + t), scale);
-    if (mask) x = _mm512_add_ps(x, mask_of(a, mask, t, tail(T - t)));
-    x = _mm512_mask_mov_ps(off, tail(T - t), x);
-    largest = _mm512_max_ps(largest, x);
-    _mm512_store_ps(s + t, x);
+inline void put(float* out, int64_t stride, bool both) {
+  _tile_stored(0, out, 4 * stride);
+  _tile_stored(1, out + SIDE, 4 * stride);
+  if (both) {
+    _tile_stored(2, out + SIDE * stride, 4 * stride);
+    _tile_stored(3, out + SIDE * stride + SIDE, 4 * stride);
   }
-  const float top = _mm512_reduce_max_ps(largest);
-  const __m512 shift = _mm512_set1_ps(top == -INFINITY ? 0.0f : top);
-  __m512 total = _mm512_setzero_ps();
-  half *hi = space.probabilities[0] + row * sizes.keys, *lo = space.probabilities[1] + row * sizes.keys;
-  int64_t t = 0;
-  for (; t < T; t += LANES) {
-    __m512 x = power_of_two(_mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s + t), shift), base)));  // a NaN stays one
-    total = _mm512_add_ps(total, x);
-    __m256bh near = _mm512_cvtneps_pbh(x);
-    __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)near), 16)));
-    _mm256_store_si256((__m256i*)(hi + t), (__m256i)near);
-    _mm256_store_si256((__m256i*)(lo + t), (__m256i)_mm512_cvtneps_pbh(rest));
-  }
-  for (; t < end; t += LANES) {
-    _mm256_store_si256((__m256i*)(hi + t), _mm256_setzero_si256());
-    _mm256_store_si256((__m256i*)(lo + t), _mm256_setzero_si256());
-  }
-  const float sum = _mm512_reduce_add_ps(total);
-  return sum == 0 ? 0.0f : 1.0f / sum;
 }
 
-// 16 rows of probabilities times up to 64 columns of the values from c, T keys.
-void mix(const Sizes& sizes, const Space& space, int64_t c, int64_t T, int parts) {
-  const int64_t tiles = sizes.width / LANES, count = tiles - c / LANES;
-  const int low = parts > 1 ? 3 : 1;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t t = 0; t < T; t += DEPTH) {
-    const int64_t at = (t / DEPTH * tiles + c / LANES) * TILE;
-    _tile_loadd(4, space.probabilities[0] + t, 2 * sizes.keys);
-    _tile_loadd(5, space.probabilities[1] + t, 2 * sizes.keys);
-    ADD_PRODUCT(0, space.values, at, low);
-    if (count > 1) { ADD_PRODUCT(1, space.values, at + TILE, low); }
-    if (count > 2) { ADD_PRODUCT(2, space.values, at + 2 * TILE, low); }
-    if (count > 3) { ADD_PRODUCT(3, space.values, at + 3 * TILE, low); }
-  }
-  float* out = space.mixed + c;
-  _tile_stored(0, out, 4 * sizes.width);
-  if (count > 1) _tile_stored(1, out + 16, 4 * sizes.width);
-  if (count > 2) _tile_stored(2, out + 32, 4 * sizes.width);
-  if (count > 3) _tile_stored(3, out + 48, 4 * sizes.width);
-}
+struct Block {  // queries l to l + rows, and the keys that some of them see
+  int64_t l, rows, T;
+  int turn;             // which of two places
+  int64_t done;         // rows whose softmax is taken
+  float by[QUERIES];    // 1 / sum of each
+};
 
-// Rows first to last of one head, into the second cache: heads lie side by side in rows, too far apart for the hardware to see.
-void fetch(const char* x, int64_t row, int64_t first, int64_t last, int64_t bytes) {
-  for (int64_t i = first; i < last; i++)
-    for (int64_t c = 0; c < bytes; c += 64) _mm_prefetch(x + i * row + c, _MM_HINT_T1);
-}
+struct Head {
+  const Attention& a;
+  const Sizes& sizes;
+  const Space& space;
+  int64_t b, h;
+  int parts;
+  bool one_mask;  // it is that of all queries, and lies in space.mask, in units of log 2
+
+  // A row of scores becomes probabilities up to their sum, zeros from T to `end`; returns 1 / sum.
+  float softmax(const Block& block, int64_t i) const {
+    const int64_t T = a.causal && block.l + i + 1 < a.T ? block.l + i + 1 : a.T, end = (block.T + DEPTH - 1) / DEPTH * DEPTH;
+    float* s = space.scores[block.turn] + i * sizes.row;
+    const float* add = space.mask;
+    const __m512 off = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale * 1.44269504f);
+    if (a.mask && !one_mask) take_mask(mask_row(a, b, h, block.l + i));
+    __m512 largest = off;
+    for (int64_t t = 0; t < T; t += LANES) {
+      __m512 x = _mm512_load_ps(s + t);
+      x = a.mask ? _mm512_fmadd_ps(x, scale, _mm512_load_ps(add + t)) : _mm512_mul_ps(x, scale);
+      if (t + LANES > T) x = _mm512_mask_mov_ps(off, tail(T - t), x);
+      largest = _mm512_max_ps(largest, x);
+      _mm512_store_ps(s + t, x);
+    }
+    for (int64_t t = (T + LANES - 1) / LANES * LANES; t < end; t += LANES) _mm512_store_ps(s + t, off);
+    const float top = _mm512_reduce_max_ps(largest);
+    const __m512 shift = _mm512_set1_ps(top == -INFINITY ? 0.0f : top), least = _mm512_set1_ps(-200.0f);
+    __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    half *hi = space.probabilities[block.turn][0] + i * DEPTH, *lo = space.probabilities[block.turn][1] + i * DEPTH;
+    for (int64_t t = 0; t < end; t += DEPTH, hi += QUERIES * DEPTH, lo += QUERIES * DEPTH) {
+      const __m512 x = power_of_two(_mm512_max_ps(least, _mm512_sub_ps(_mm512_load_ps(s + t), shift)));  // a NaN stays one
+      const __m512 y = power_of_two(_mm512_max_ps(least, _mm512_sub_ps(_mm512_load_ps(s + t + LANES), shift)));
+      total[0] = _mm512_add_ps(total[0], x), total[1] = _mm512_add_ps(total[1], y);
+      const __m512i p = high<false>(x), q = high<false>(y);
+      const __m512 r = _mm512_sub_ps(x, _mm512_castsi512_ps(p)), u = _mm512_sub_ps(y, _mm512_castsi512_ps(q));
+      _mm512_store_si512(hi, interleave(p, q));
+      _mm512_store_si512(lo, interleave(halfway(_mm512_castps_si512(r)), halfway(_mm512_castps_si512(u))));
+    }
+    const float sum = _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]));
+    return sum == 0 ? 0.0f : 1.0f / sum;
+  }
+
+  void take_mask(const char* row) const {  // what is finite stays so: a row of nothing but the least number is a row of equals
+    for (int64_t t = 0; t < a.T; t += LANES) {
+      const __m512 mask = mask_of(a, row, t, tail(a.T - t)), x = _mm512_mul_ps(mask, _mm512_set1_ps(1.44269504f));
+      const __mmask16 finite = _mm512_cmp_ps_mask(mask, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
+      _mm512_store_ps(space.mask + t, _mm512_mask_max_ps(x, finite, x, _mm512_set1_ps(-FLT_MAX)));
+    }
+  }
+
+  void soften(Block* block, int64_t rows) const {
+    if (!block) return;
+    const int64_t end = block->done + rows < block->rows ? block->done + rows : block->rows;
+    for (; block->done < end; block->done++) block->by[block->done] = softmax(*block, block->done);
+  }
+
+  // Scores of a block; after each step a few rows of another block's softmax.
+  void score(const Block& block, Block* other, int64_t each) const {
+    const int64_t steps = sizes.depth / DEPTH;
+    const bool both = block.rows > SIDE;
+    for (int64_t t = 0; t < block.T; t += DEPTH) {
+      clear();
+      for (int64_t step = 0; step < steps; step++) {
+        const int64_t at = (t / SIDE * steps + step) * TILE;
+        multiply(space.queries, step * QUERIES * DEPTH, space.keys, at, at + steps * TILE, parts > 1 ? 3 : 0, both);
+      }
+      put(space.scores[block.turn] + t, sizes.row, both);
+      soften(other, each);
+    }
+  }
+
+  // Probabilities of a block times the values, to the output.
+  void mix(const Block& block, Block* other, int64_t each) const {
+    const int size = element_size(a.dtype), low = parts > 1 ? 3 : 1;
+    const bool both = block.rows > SIDE;
+    for (int64_t c = 0; c < sizes.width; c += DEPTH) {
+      clear();
+      for (int64_t t = 0; t < block.T; t += DEPTH) {
+        const int64_t at = (t / DEPTH * (sizes.width / SIDE) + c / SIDE) * TILE;
+        multiply(space.probabilities[block.turn], t * QUERIES, space.values, at, at + TILE, low, both);
+        soften(other, each);
+      }
+      put(space.mixed + c, sizes.width, both);
+    }
+    asm volatile("" ::: "memory");
+    for (int64_t i = 0; i < block.rows; i++)
+      for (int64_t c = 0; c < a.D; c += LANES) {
+        const __m512 x = _mm512_mul_ps(_mm512_load_ps(space.mixed + i * sizes.width + c), _mm512_set1_ps(block.by[i]));
+        store(a.out + ((b * a.L + block.l + i) * a.row + h * a.D + c) * size, x, a.dtype, tail(a.D - c));
+      }
+  }
+};
 
 Space carve(const Sizes& sizes, char* memory, int64_t* bytes) {
   char* at = memory;
@@ -204,10 +284,11 @@ Space carve(const Sizes& sizes, char* memory, int64_t* bytes) {
     space.keys[p] = (half*)take(2 * sizes.keys * sizes.depth);
     space.values[p] = (half*)take(2 * sizes.keys * sizes.width);
     space.queries[p] = (half*)take(2 * QUERIES * sizes.depth);
-    space.probabilities[p] = (half*)take(2 * QUERIES * sizes.keys);
+    for (int turn = 0; turn < 2; turn++) space.probabilities[turn][p] = (half*)take(2 * QUERIES * sizes.keys);
+    space.scores[p] = (float*)take(4 * QUERIES * sizes.row);
   }
-  space.scores = (float*)take(4 * QUERIES * sizes.keys);
   space.mixed = (float*)take(4 * QUERIES * sizes.width);
+  space.mask = (float*)take(4 * sizes.keys);
   *bytes = at - memory;
   return space;
 }
@@ -225,40 +306,35 @@ void amx_attention(const Attention& a, char* memory, int64_t b, int64_t h, int64
   int64_t bytes;
   const Space space = carve(sizes, memory, &bytes);
   const int size = element_size(a.dtype), parts = a.dtype == BF16 ? 1 : 2;
-  const int64_t g = h / (a.H / a.G), seen = a.causal && first + count < a.T ? first + count : a.T;
-  const char *k = a.k + (b * a.kb + g * a.kh) * size, *v = a.v + (b * a.vb + g * a.vh) * size;
-  for (int64_t t = 0; t < (seen + 63) / 64 * 64; t += 16) take_keys(a, sizes, space, k, t, seen, parts);
-  for (int64_t t = 0; t < (seen + 31) / 32 * 32; t += 32) take_values(a, sizes, space, v, t, seen, parts);
-  const int64_t after = (b * a.H + h + 1) % (a.B * a.H), nb = after / a.H, nh = after % a.H, ng = nh / (a.H / a.G);  // the next head
-  configure({16, 16, 16, 16, 16, 16, 16, 16});
-  for (int64_t l = first; l < first + count; l += QUERIES) {
-    const int64_t left = first + count - l, rows = left < QUERIES ? left : QUERIES;
-    const int64_t T = a.causal && l + rows < a.T ? l + rows : a.T, end = (T + 31) / 32 * 32;
-    for (int64_t i = 0; i < QUERIES; i++)
-      for (int64_t c = 0; c < sizes.depth; c += LANES) {
-        const __mmask16 lanes = i < rows && c < a.D ? tail(a.D - c) : 0;
-        const Split x = split(load(a.q + (b * a.qb + h * a.qh + (l + i) * a.ql + c) * size, a.dtype, lanes));
-        store_row(space.queries[0] + i * sizes.depth + c, x.hi);
-        store_row(space.queries[1] + i * sizes.depth + c, x.lo);
-      }
-    if (count == a.L) {
-      const int64_t from = l * a.T / a.L, to = (l + rows) * a.T / a.L, bytes = a.D * size;
-      fetch(a.q + (nb * a.qb + nh * a.qh) * size, a.ql * size, l, l + rows, bytes);
-      fetch(a.k + (nb * a.kb + ng * a.kh) * size, a.kt * size, from, to, bytes);
-      fetch(a.v + (nb * a.vb + ng * a.vh) * size, a.vt * size, from, to, bytes);
+  const int64_t g = h / (a.H / a.G), last = first + count, seen = a.causal && last < a.T ? last : a.T;
+  const char *q = a.q + (b * a.qb + h * a.qh) * size, *k = a.k + (b * a.kb + g * a.kh) * size, *v = a.v + (b * a.vb + g * a.vh) * size;
+  const Head head = {a, sizes, space, b, h, parts, a.mask && a.ml == 0};
+  for (int64_t t = 0; t < (seen + 31) / 32 * 32; t += SIDE) take_keys(a, sizes, space, k, t, seen, parts);
+  for (int64_t t = 0; t < seen; t += DEPTH) take_values(a, sizes, space, v, t, seen, parts);
+  if (head.one_mask) head.take_mask(mask_row(a, b, h, 0));
+
+  configure({SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE});
+  Block blocks[3];  // block i is scored, then its softmax is taken while i - 1 is mixed and i + 1 scored, then it is mixed
+  Block *before = nullptr, *now = nullptr;
+  int turn = 0;
+  for (int64_t l = first;; l += QUERIES) {
+    Block* next = nullptr;
+    if (l < last) {
+      next = &blocks[turn % 3];
+      const int64_t rows = last - l < QUERIES ? last - l : QUERIES;
+      next->l = l, next->rows = rows, next->T = a.causal && l + rows < a.T ? l + rows : a.T, next->turn = turn % 2, next->done = 0;
+      take_queries(a, sizes, space, q + l * a.ql * size, rows);
+      turn++;
     }
-    asm volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
-    for (int64_t t = 0; t < T; t += 64) score(sizes, space, t, parts);
-    float by[QUERIES];
-    for (int64_t i = 0; i < rows; i++)
-      by[i] = softmax(a, space, i, sizes, mask_row(a, b, h, l + i), a.causal && l + i + 1 < a.T ? l + i + 1 : a.T, end);
+    const int64_t steps = (before ? (before->T + 31) / 32 * (sizes.width / DEPTH) : 0) + (next ? (next->T + 31) / 32 : 0);
+    const int64_t each = steps ? (QUERIES + steps - 1) / steps : QUERIES;
+    asm volatile("" ::: "memory");  // tiles are loaded and stored behind the compiler's back
+    if (before) head.mix(*before, now, each);
+    if (next) head.score(*next, now, each);
     asm volatile("" ::: "memory");
-    for (int64_t c = 0; c < sizes.width; c += 64) mix(sizes, space, c, T, parts);
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t c = 0; c < a.D; c += LANES) {
-        const __m512 x = _mm512_mul_ps(_mm512_load_ps(space.mixed + i * sizes.width + c), _mm512_set1_ps(by[i]));
-        store(a.out + (((b * a.L + l + i) * a.H + h) * a.D + c) * size, x, a.dtype, tail(a.D - c));
-      }
+    head.soften(now, QUERIES);
+    if (!next && !now) break;
+    before = now, now = next;
   }
   _tile_release();
 }
