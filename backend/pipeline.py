@@ -24,6 +24,7 @@ from fxquant.recipe import Recipe, rule_names
 from fxquant.report import Artifact, GraphSite, register, rules_of
 
 from .first_calls import FirstCalls
+from .fuse_attention import fuse_attention
 from .fuse_norms import fuse_norms
 from .fuse_products import fuse_products
 from .inductor import compile_runtime
@@ -67,6 +68,7 @@ def compile_captured(graph: fx.GraphModule, settings: Settings, differentiable: 
     fuse_norms(graph, fuel)
     fuse_products(graph, fuel)
     lower_attention(graph, fuel)
+    fuse_attention(graph, fuel)
     stages.show("lowered", tidy(views_that_may_copy(graph)))
     folded = fold(graph)
     stages.show("folded", folded.runtime, f"{len(folded.units)} units of weights were split off")

@@ -6,8 +6,7 @@
 // threads. The output is laid out [B, L, H, D], so that joining the heads afterwards is a view.
 
 #include "attention.h"
-
-#include <stdlib.h>
+#include "memory.h"
 
 namespace {
 
@@ -154,20 +153,30 @@ void band(const Attention& a, const Space& space, int64_t b, int64_t h, int64_t 
 
 }  // namespace
 
+int64_t attention_bytes(const Attention& a, int amx) {
+#ifdef WITH_AMX
+  if (amx) return amx_attention_bytes(a);
+#endif
+  const int64_t padded = (a.T + KEYS - 1) / KEYS * KEYS, width = (a.D + LANES - 1) / LANES * LANES;
+  return (padded * a.D + padded * width + QUERIES * padded + 2 * QUERIES * width) * sizeof(float);
+}
+
+void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count, int amx) {
+#ifdef WITH_AMX
+  if (amx) return amx_attention(a, memory, b, h, first, count);
+#endif
+  const int64_t padded = (a.T + KEYS - 1) / KEYS * KEYS, width = (a.D + LANES - 1) / LANES * LANES;
+  float* floats = (float*)memory;
+  const Space space = {floats, floats + padded * a.D, floats + padded * (a.D + width), floats + padded * (a.D + width + QUERIES)};
+  band(a, space, b, h, first, count);
+}
+
 extern "C" {
 
 // q [B, H, L, D], k and v [B, G, T, D] with H a multiple of G; returns 0, or 1 if there was no memory.
-int attention(const char* q, const char* k, const char* v, const char* mask, char* out, int dtype, int mask_dtype, const int64_t* sizes,
-              const int64_t* strides, int causal, float scale, int amx, int threads) {
-  Attention a = {q, k, v, mask, out, dtype, mask_dtype, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-                 strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6], strides[7], strides[8],
-                 strides[9], strides[10], strides[11], strides[12], sizes[1] * sizes[5], causal, scale};
-  const int64_t padded = (a.T + KEYS - 1) / KEYS * KEYS, width = (a.D + LANES - 1) / LANES * LANES;
-  const int64_t floats = padded * a.D + padded * width + QUERIES * padded + 2 * QUERIES * width;
-  int64_t bytes = floats * sizeof(float), step = QUERIES;
-#ifdef WITH_AMX
-  if (amx) bytes = amx_attention_bytes(a), step = 32;
-#endif
+int attention(const Attention* given, int amx, int threads) {
+  const Attention& a = *given;
+  const int64_t step = amx ? 32 : QUERIES, bytes = attention_bytes(a, amx);
   int64_t bands = 1;  // enough tasks for the threads, but copying keys and values must stay the smaller part
   while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 48) bands *= 2;
   const int64_t height = ((a.L + bands - 1) / bands + step - 1) / step * step;
@@ -175,23 +184,14 @@ int attention(const char* q, const char* k, const char* v, const char* mask, cha
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (a.B * a.H * a.L * a.T * a.D > 32768) reduction(| : failed)
   {
-    float* memory = (float*)aligned_alloc(64, (bytes + 63) / 64 * 64);
+    thread_local Memory space;
+    char* memory = space.take(bytes);
     failed = memory == nullptr;
-    const Space space = {memory, memory + padded * a.D, memory + padded * a.D + padded * width,
-                         memory + padded * a.D + padded * width + QUERIES * padded};
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < a.B * a.H * bands; task++) {
       const int64_t first = task % bands * height, head = task / bands, count = a.L - first < height ? a.L - first : height;
-      if (!memory || count <= 0) continue;
-#ifdef WITH_AMX
-      if (amx) {
-        amx_attention(a, (char*)memory, head / a.H, head % a.H, first, count);
-        continue;
-      }
-#endif
-      band(a, space, head / a.H, head % a.H, first, count);
+      if (memory && count > 0) attention_band(a, memory, head / a.H, head % a.H, first, count, amx);
     }
-    free(memory);
   }
   return failed;
 }

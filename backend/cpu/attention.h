@@ -14,7 +14,9 @@ struct Attention {
   float scale;
 };
 
-// Queries `first` to `first + count` of one head on AMX, in `amx_attention_bytes` of memory; attention_amx.cpp.
+// Queries `first` to `first + count` of one head, in `attention_bytes` of memory (attention.cpp); on AMX (attention_amx.cpp).
+void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count, int amx);
+int64_t attention_bytes(const Attention& a, int amx);
 void amx_attention(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count);
 int64_t amx_attention_bytes(const Attention& a);
 

@@ -69,16 +69,22 @@ void vnni_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t
 
 }  // namespace
 
+void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last, int amx) {
+#ifdef WITH_AMX
+  if (amx && count >= FEWEST_ROWS_OF_AMX) return amx_band(a, m, count, first, last);
+#endif
+  vnni_band(a, m, count, first, last);
+}
+
 extern "C" {
 
 // `amx` asks for tiles, which pay from FEWEST_ROWS_OF_AMX rows; the weights are packed alike, and the results are the same.
 // With `rows`, what is written is what they say of each row of the result, and the result itself stays in the cache.
 // Returns 0, or 1 if there was no memory.
-int linear(const uint8_t* codes, const float* scale, const int32_t* zero, int64_t per_row, const int8_t* weight,
-           const float* weight_scale, const int32_t* sums, const char* bias, int bias_dtype, char* out, int dtype, int activation,
-           int64_t M, int64_t N, int64_t K, const Rows* rows, int amx, int threads) {
+int linear(const Linear* given, const Rows* rows, int amx, int threads) {
+  const Linear& a = *given;
+  const int64_t M = a.M, N = a.N, K = a.K;
   if (M == 0) return 0;
-  const Linear a = {codes, scale, zero, per_row, weight, weight_scale, sums, bias, bias_dtype, out, N, dtype, activation, M, N, K};
   auto band = vnni_band;
   int64_t step = ROWS, tallest = 8 * ROWS, flat = 4 * ROWS;
 #ifdef WITH_AMX
@@ -87,7 +93,7 @@ int linear(const uint8_t* codes, const float* scale, const int32_t* zero, int64_
     step = 32, tallest = 128, flat = 31;
   }
 #endif
-  const int64_t panels = (N + PANEL - 1) / PANEL, size = element_size(dtype), padded = (N + 31) / 32 * 32 + 32;
+  const int64_t panels = (N + PANEL - 1) / PANEL, size = element_size(a.dtype), padded = padded_row(N);
   // Tall products are cut along M, so that a block of activations stays near; flat ones along N, so that each weight is read once.
   int64_t height = tallest, wide = panels;
   while (height > step && (M + height - 1) / height < 2 * threads) height = (height / 2 + step - 1) / step * step;
@@ -99,7 +105,7 @@ int linear(const uint8_t* codes, const float* scale, const int32_t* zero, int64_
     if ((M + height - 1) / height >= threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (parallel) reduction(| : failed)
       for (int64_t m = 0; m < M; m += height) {
-        thread_local Space space;
+        thread_local Memory space;
         const int64_t count = m + height < M ? height : M - m;
         char* memory = space.take(height * padded * size + padded * sizeof(float));
         if (!memory) { failed = 1; continue; }
@@ -115,7 +121,7 @@ int linear(const uint8_t* codes, const float* scale, const int32_t* zero, int64_
   const int64_t bands = (M + height - 1) / height;
   while (wide > 1 && M > flat && bands * ((panels + wide - 1) / wide) < 4 * threads) wide = (wide + 1) / 2;
   const int64_t strips = (panels + wide - 1) / wide;
-  thread_local Space shared;
+  thread_local Memory shared;
   Linear whole = a;
   if (rows) {
     whole.out = shared.take(M * padded * size), whole.stride = padded;
@@ -129,7 +135,7 @@ int linear(const uint8_t* codes, const float* scale, const int32_t* zero, int64_
       band(whole, m, m + height < M ? height : M - m, first, first + wide < panels ? first + wide : panels);
     }
     if (rows) {
-      thread_local Space space;
+      thread_local Memory space;
       float* row = (float*)space.take(padded * sizeof(float));
       failed = row == nullptr;
 #pragma omp for schedule(static)

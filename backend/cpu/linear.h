@@ -17,10 +17,14 @@ struct Linear {
   int64_t M, N, K;
 };
 
-// Rows m to m + count times the panels `first` to `last`, on AMX; int8_amx.cpp.
+// Rows m to m + count times the panels `first` to `last`: on AMX (int8_amx.cpp), or on the best there is for so many rows (int8.cpp).
 void amx_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last);
+void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last, int amx);
 
 namespace {
+
+// The length of a row of results in the cache: blocks of 32 outputs are stored whole, and rows are no power of two apart.
+inline int64_t padded_row(int64_t N) { return (N + 31) / 32 * 32 + 32; }
 
 struct Columns {  // what the epilogue needs for sixteen outputs
   __m512 scale, bias;

@@ -40,6 +40,11 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor")
+_library.define(
+    "attend_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor[] weights, Tensor[] weight_scales, Tensor[] sums, "
+    "Tensor?[] biases, int heads, ScalarType dtype, Tensor? mask, bool is_causal, float factor, int bits, bool symmetric) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 
 
 def pack_panels(codes: Tensor) -> Tensor:
@@ -128,8 +133,34 @@ def _activate(y: Tensor, activation: str) -> Tensor:
     return {"gelu": gelu, "gelu_tanh": lambda t: gelu(t, approximate="tanh"), "silu": silu, "relu": relu}[activation](y)
 
 
-def _address(tensor: Tensor | None) -> Any:
-    return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
+class _Linear(ctypes.Structure):
+    """``struct Linear`` of linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero")),
+        ("per_row", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("weight", "weight_scale", "sums", "bias")),
+        ("bias_dtype", ctypes.c_int),
+        ("out", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("dtype", "activation")),
+        *((name, ctypes.c_int64) for name in ("rows", "outputs", "inner")),
+    )
+
+
+class _Attention(ctypes.Structure):
+    """``struct Attention`` of attention.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "out")),
+        *((name, ctypes.c_int) for name in ("dtype", "mask_dtype")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "groups", "length", "keys", "width")),
+        *((name, ctypes.c_int64 * 3) for name in ("query_strides", "key_strides", "value_strides")),
+        ("mask_strides", ctypes.c_int64 * 4),
+        ("row", ctypes.c_int64),
+        ("causal", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    )
 
 
 class _Rows(ctypes.Structure):
@@ -189,7 +220,7 @@ def _empty_rows(like: Tensor, shape: Sequence[int], dtype: torch.dtype, keep_sum
 
 
 def _run_rows(x: Tensor, rows: _Rows, count: int) -> None:
-    if library().quantize_rows(_address(x), ctypes.c_int64(count), ctypes.byref(rows), torch.get_num_threads()):
+    if library().quantize_rows(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(count), ctypes.byref(rows), torch.get_num_threads()):
         raise MemoryError(f"rows of {x.shape[-1]} numbers need more memory than there is")
 
 
@@ -233,7 +264,9 @@ def linear_on(
 ) -> Tensor:
     """``linear`` on the instruction set ``isa``: "amx" or "vnni"; the same to the last bit."""
     out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
-    _multiply(codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation, dtype, out, None, isa)
+    given = (codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation, dtype)
+    product, _alive = _product(*given, out)
+    _multiply(product, None, isa)
     return out
 
 
@@ -261,16 +294,18 @@ def linear_rows_on(
     keep_norm: bool,
 ) -> Passed:
     """``linear_rows`` on the instruction set ``isa``; the same to the last bit."""
-    given = (residual, residual_scale, norm_weight, norm_bias)
-    residual, residual_scale, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in given)
+    beside = (residual, residual_scale, norm_weight, norm_bias)
+    residual, residual_scale, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in beside)
     shape = (*codes.shape[:-1], out_features)
     how = (residual, residual_scale, norm, norm_weight, norm_bias, eps, bits, symmetric, keep_sum, keep_norm)
     rows, out = _pass(codes, shape, dtype, *how)
-    _multiply(codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation, dtype, None, rows, isa)
+    given = (codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation, dtype)
+    product, _alive = _product(*given)
+    _multiply(product, rows, isa)
     return out
 
 
-def _multiply(
+def _product(
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -281,12 +316,11 @@ def _multiply(
     out_features: int,
     activation: str,
     dtype: torch.dtype,
-    out: Tensor | None,
-    passed: _Rows | None,
-    isa: str,
-) -> None:
-    codes, scale, zero_point = codes.contiguous(), scale.contiguous(), zero_point.contiguous()
-    weight, weight_scale, sums = weight.contiguous(), weight_scale.contiguous(), sums.contiguous()
+    out: Tensor | None = None,
+) -> tuple[_Linear, tuple[Tensor | None, ...]]:
+    """What C++ is told of a product, and the tensors that it points to: keep them alive until it is done."""
+    given = (codes, scale, zero_point, weight, weight_scale, sums, bias)
+    codes, scale, zero_point, weight, weight_scale, sums = (t.contiguous() for t in given[:6] if t is not None)
     bias = bias.contiguous() if bias is not None else None
     inner = codes.shape[-1]
     rows = codes.numel() // inner
@@ -297,16 +331,20 @@ def _multiply(
             f"a product of codes {list(codes.shape)} and panels {list(weight.shape)} to {out_features} outputs, of which "
             f"{per_output} have scale, sum (and bias), and {scale.numel()} rows a scale: the sizes do not agree"
         )
-    failed = library().linear(
-        _address(codes), _address(scale), _address(zero_point), ctypes.c_int64(int(scale.numel() == rows)),
-        _address(weight), _address(weight_scale), _address(sums),
-        _address(bias), DTYPES[bias.dtype] if bias is not None else 0,
-        _address(out), DTYPES[dtype], ACTIVATIONS.index(activation),
-        ctypes.c_int64(rows), ctypes.c_int64(out_features), ctypes.c_int64(inner),
-        None if passed is None else ctypes.byref(passed), int(isa == "amx"), torch.get_num_threads(),
+    product = _Linear(
+        codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), scale.numel() == rows,
+        weight.data_ptr(), weight_scale.data_ptr(), sums.data_ptr(),
+        None if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype],
+        None if out is None else out.data_ptr(), out_features, DTYPES[dtype], ACTIVATIONS.index(activation),
+        rows, out_features, inner,
     )  # fmt: skip
-    if failed:
-        raise MemoryError(f"a product of {rows} rows and {out_features} outputs needs more memory than there is")
+    return product, (codes, scale, zero_point, weight, weight_scale, sums, bias, out)
+
+
+def _multiply(product: _Linear, passed: _Rows | None, isa: str) -> None:
+    given = None if passed is None else ctypes.byref(passed)
+    if library().linear(ctypes.byref(product), given, int(isa == "amx"), torch.get_num_threads()):
+        raise MemoryError(f"a product of {product.rows} rows and {product.outputs} outputs needs more memory than there is")
 
 
 def attention_reference(
@@ -331,21 +369,97 @@ def attention_on(
     groups, keys = key.shape[1:3]
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != width or not groups or heads % groups:
         raise FxquantError(f"attention of {list(query.shape)} to {list(key.shape)} and {list(value.shape)}: sizes do not agree")
-    if mask is not None:
-        mask = mask.expand(batch, heads, length, keys)
-        mask = mask if mask.stride(-1) in (0, 1) else mask.contiguous()
+    mask, mask_dtype, mask_strides = _mask(mask, (batch, heads, length, keys), query.dtype)
     out = query.new_empty((batch, length, heads, width))
-    sizes = (ctypes.c_int64 * 6)(batch, heads, key.shape[1], length, key.shape[2], width)
-    of_mask = (0, 0, 0, 0) if mask is None else mask.stride()
-    strides = (ctypes.c_int64 * 13)(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *of_mask)
-    mask_dtype = 3 if mask is not None and mask.dtype is torch.bool else DTYPES[query.dtype if mask is None else mask.dtype]
-    failed = library().attention(
-        _address(query), _address(key), _address(value), _address(mask), _address(out), DTYPES[query.dtype], mask_dtype,
-        sizes, strides, int(is_causal), ctypes.c_float(scale), int(isa == "amx"), torch.get_num_threads(),
+    given = _Attention(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), None if mask is None else mask.data_ptr(), out.data_ptr(),
+        DTYPES[query.dtype], mask_dtype, batch, heads, groups, length, keys, width,
+        *((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in (query, key, value)), mask_strides,
+        heads * width, is_causal, scale,
     )  # fmt: skip
-    if failed:
-        raise MemoryError(f"attention over {key.shape[2]} keys of width {width} needs more memory than there is")
+    if library().attention(ctypes.byref(given), int(isa == "amx"), torch.get_num_threads()):
+        raise MemoryError(f"attention over {keys} keys of width {width} needs more memory than there is")
     return out.transpose(1, 2)
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor | None, int, Any]:
+    """The mask as [B, H, L, T] that C++ can read, its dtype and strides. Keep it alive until it is read."""
+    if mask is None:
+        return None, DTYPES[dtype], (ctypes.c_int64 * 4)()
+    mask = mask.expand(shape)
+    mask = mask if mask.stride(-1) in (0, 1) else mask.contiguous()
+    return mask, 3 if mask.dtype is torch.bool else DTYPES[mask.dtype], (ctypes.c_int64 * 4)(*mask.stride())
+
+
+def attend_reference(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    heads: int,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    is_causal: bool,
+    factor: float,
+    bits: int,
+    symmetric: bool,
+) -> Codes:
+    """``quantize(attention(q, k, v))``, its heads side by side: codes [B, L, K] -> those of [B, L, N].
+
+    q, k and v are ``linear`` of the codes, each with its own weight, ``heads`` heads of N / ``heads``; ``factor`` is what
+    attention calls its scale.
+    """
+    operands = []
+    for weight, weight_scale, total, bias in zip(weights, weight_scales, sums, biases, strict=True):
+        given = (weight, weight_scale, total, bias, weight_scale.numel(), "none", dtype)
+        y = linear_reference(codes, scale, zero_point, *given)
+        operands.append(y.unflatten(-1, (heads, -1)).transpose(1, 2))
+    mixed = attention_reference(*operands, mask, is_causal, factor)
+    return quantize_rows_reference(mixed.transpose(1, 2).flatten(2), bits, symmetric)
+
+
+def attend_on(
+    isa: str,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    heads: int,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    is_causal: bool,
+    factor: float,
+    bits: int,
+    symmetric: bool,
+) -> Codes:
+    """``attend`` on the instruction set ``isa``."""
+    batch, length, _ = codes.shape
+    outputs = weight_scales[0].numel()
+    if outputs % heads:
+        raise FxquantError(f"{outputs} outputs do not make {heads} heads; a multiple is needed")
+    made = [
+        _product(codes, scale, zero_point, *operand, outputs, "none", dtype)
+        for operand in zip(weights, weight_scales, sums, biases, strict=True)
+    ]
+    products = (_Linear * 3)(*(product for product, _ in made))
+    shape = (batch, length, outputs)
+    rows, out = _pass(codes, shape, dtype, None, None, "none", None, None, 0.0, bits, symmetric, False, False)
+    mask, mask_dtype, mask_strides = _mask(mask, (batch, heads, length, length), dtype)
+    none = (ctypes.c_int64 * 3)()
+    given = _Attention(
+        None, None, None, None if mask is None else mask.data_ptr(), None, DTYPES[dtype], mask_dtype,
+        batch, heads, heads, length, length, outputs // heads, none, none, none, mask_strides, outputs, is_causal, factor,
+    )  # fmt: skip
+    operands = (products, ctypes.byref(given), ctypes.byref(rows))
+    if batch * length and library().attend(*operands, int(isa == "amx"), torch.get_num_threads()):
+        raise MemoryError(f"attention of {length} queries and {outputs} channels needs more memory than there is")
+    return out[:3]
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
@@ -371,6 +485,11 @@ def _fake_linear(codes: Tensor, *args: Any) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
 
 
+def _fake_attend(codes: Tensor, *args: Any) -> Codes:
+    weight_scales, dtype = args[3], args[7]
+    return _empty_rows(codes, (*codes.shape[:-1], weight_scales[0].shape[0]), dtype, False, False)[:3]
+
+
 def _linear(*args: Any) -> Tensor:
     return linear_on(build.isa(), *args)
 
@@ -383,12 +502,18 @@ def _attention(*args: Any) -> Tensor:
     return attention_on(build.isa(), *args)
 
 
+def _attend(*args: Any) -> Codes:
+    return attend_on(build.isa(), *args)
+
+
 _library.impl("quantize_rows_u8", _quantize_rows, "CPU")
 _library.impl("normalize_rows_u8", _normalize_rows, "CPU")
 _library.impl("linear_u8s8", _linear, "CPU")
 _library.impl("linear_rows_u8s8", _linear_rows, "CPU")
 _library.impl("attention", _attention, "CPU")
+_library.impl("attend_u8s8", _attend, "CPU")
 torch.library.register_fake("fxquant::attention", _fake_attention, lib=_library)
+torch.library.register_fake("fxquant::attend_u8s8", _fake_attend, lib=_library)
 torch.library.register_fake("fxquant::quantize_rows_u8", _fake_quantize_rows, lib=_library)
 torch.library.register_fake("fxquant::normalize_rows_u8", _fake_normalize_rows, lib=_library)
 torch.library.register_fake("fxquant::linear_u8s8", _fake_linear, lib=_library)
@@ -399,3 +524,4 @@ normalize_rows = torch.ops.fxquant.normalize_rows_u8.default
 linear = torch.ops.fxquant.linear_u8s8.default
 linear_rows = torch.ops.fxquant.linear_rows_u8s8.default
 attention = torch.ops.fxquant.attention.default
+attend = torch.ops.fxquant.attend_u8s8.default

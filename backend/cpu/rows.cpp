@@ -100,7 +100,7 @@ extern "C" int quantize_rows(const char* x, int64_t M, const Rows* rows, int thr
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (M * r.K > 16384) reduction(| : failed)
   {
-    thread_local Space space;
+    thread_local Memory space;
     float* row = (float*)space.take((r.K + LANES) * sizeof(float));
     failed = row == nullptr;
 #pragma omp for schedule(static)

@@ -1,9 +1,8 @@
 // What happens to a whole row between two products: add the shortcut, normalise, quantize per token; each row is read once.
 
 #pragma once
+#include "memory.h"
 #include "simd.h"
-
-#include <stdlib.h>
 
 enum Norm { NO_NORM = 0, LAYER_NORM = 1, RMS_NORM = 2 };
 
@@ -22,22 +21,3 @@ struct Rows {
 
 // Row m, whose numbers (of r.dtype) are at x; `space` holds K floats, rounded up to 16. rows.cpp.
 void pass_row(const Rows& r, const char* x, int64_t m, float* space);
-
-namespace {
-
-struct Space {  // memory of one thread, kept from call to call: fresh pages cost more than the arithmetic on them
-  char* at = nullptr;
-  size_t size = 0;
-  char* take(size_t bytes) {
-    if (bytes > size) {
-      free(at);
-      size = (bytes + 4095) / 4096 * 4096;
-      at = (char*)aligned_alloc(64, size);
-      if (!at) size = 0;
-    }
-    return at;
-  }
-  ~Space() { free(at); }
-};
-
-}  // namespace

@@ -14,6 +14,7 @@ from fxquant.graph.match import Miss
 from fxquant.graph.rewrite import replace
 from fxquant.graph.tidy import is_impure, value
 from fxquant.patterns.linear import same_sizes
+from fxquant.patterns.mask import essential_mask
 
 from ..cpu import build, ops
 from .kernel import Claim
@@ -42,7 +43,7 @@ def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
             y: Tensor = ops.attention(q, k, v, m, causal, s)
             return y.contiguous() if seen else y
 
-        replace(gm, node, attention, query, key, val, mask)
+        replace(gm, node, attention, query, key, val, mask if mask is None else essential_mask(mask))
 
 
 def supports(node: fx.Node) -> Claim | Miss:
@@ -69,8 +70,8 @@ def supports(node: fx.Node) -> Claim | Miss:
         return Miss("the number of keys is not that of the values")
     if m is not None and (m.dtype not in (torch.bool, q.dtype) or m.dim() > 4):
         return Miss(f"the mask is {m.dtype} with {m.dim()} axes")
-    if not isinstance(q.shape[2], int) or q.shape[2] < FEWEST_QUERIES:
-        return Miss(f"{q.shape[2]} queries per head, {FEWEST_QUERIES} or more are needed, known while compiling")
+    if not q.shape[2] >= FEWEST_QUERIES:  # a symbolic number becomes a guard: fewer are compiled once more
+        return Miss(f"{q.shape[2]} queries per head, {FEWEST_QUERIES} or more are needed")
     return Claim("attention (AVX512, float32 inside)")
 
 

@@ -1,0 +1,88 @@
+// The products that make queries, keys and values, the attention, and the codes of its rows, in one go: a few heads at a time come
+// out of the codes of one sequence, and are used up while they are in the cache. Only codes are read from memory and written to it.
+
+#include "attention.h"
+#include "linear.h"
+#include "rows.h"
+
+namespace {
+
+int64_t common_divisor(int64_t a, int64_t b) { return b ? common_divisor(b, a % b) : a; }
+
+struct Plan {
+  int64_t heads, units;            // heads that fill whole panels, and how often
+  int64_t columns, stride, bytes;  // of such a group, in one of three places
+  Plan(const Attention& a, int amx) {
+    heads = PANEL / common_divisor(a.D, PANEL);
+    if (heads > a.H) heads = a.H;
+    units = (a.H + heads - 1) / heads;
+    columns = heads * a.D, stride = padded_row((columns + PANEL - 1) / PANEL * PANEL);
+    bytes = (a.L * stride * element_size(a.dtype) + 63) / 64 * 64;
+    total = 3 * bytes + attention_bytes(a, amx);
+  }
+  int64_t total;
+};
+
+// One group of heads of sequence b, to `out`, whose rows have H times D numbers.
+void attend_unit(const Linear* products, const Attention& a, const Plan& plan, char* memory, int64_t b, int64_t unit, char* out, int amx) {
+  const int64_t head = unit * plan.heads, n = head * a.D, first = n / PANEL, size = element_size(a.dtype);
+  const int64_t heads = a.H - head < plan.heads ? a.H - head : plan.heads;
+  const int64_t last = (n + heads * a.D + PANEL - 1) / PANEL;
+  for (int i = 0; i < 3; i++) {
+    Linear part = products[i];
+    part.out = memory + i * plan.bytes - (b * a.L * plan.stride + n) * size, part.stride = plan.stride;
+    product_band(part, b * a.L, a.L, first, last, amx);
+  }
+  Attention few = a;
+  few.q = memory, few.k = memory + plan.bytes, few.v = memory + 2 * plan.bytes;
+  few.B = 1, few.H = few.G = heads;
+  few.qb = few.kb = few.vb = 0, few.qh = few.kh = few.vh = a.D, few.ql = few.kt = few.vt = plan.stride;
+  if (a.mask) few.mask += (b * a.mb + head * a.mh) * (a.mask_dtype == 3 ? 1 : element_size(a.mask_dtype));
+  few.out = out + n * size, few.row = a.H * a.D;
+  for (int64_t h = 0; h < heads; h++) attention_band(few, memory + 3 * plan.bytes, 0, h, 0, a.L, amx);
+}
+
+}  // namespace
+
+// `products` make q, k and v [B L, H D] of the same codes; of `a` the sizes, the mask, the scale and the dtype are read.
+// Returns 0, or 1 if there was no memory.
+extern "C" int attend(const Linear* products, const Attention* given, const Rows* rows, int amx, int threads) {
+  const Attention& a = *given;
+  const Plan plan(a, amx);
+  const int64_t size = element_size(a.dtype), sequence = a.L * a.H * a.D * size, row = (a.H * a.D + LANES) * sizeof(float);
+  int failed = 0;
+  if (a.B >= threads) {  // each sequence from codes to codes in one thread
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
+    {
+      thread_local Memory space;
+      char* memory = space.take(plan.total + (sequence + 63) / 64 * 64 + row);
+      failed = memory == nullptr;
+      char *out = memory + plan.total, *wide = out + (sequence + 63) / 64 * 64;
+#pragma omp for schedule(dynamic)
+      for (int64_t b = 0; b < a.B; b++) {
+        if (!memory) continue;
+        for (int64_t unit = 0; unit < plan.units; unit++) attend_unit(products, a, plan, memory, b, unit, out, amx);
+        for (int64_t l = 0; l < a.L; l++) pass_row(*rows, out + l * a.H * a.D * size, b * a.L + l, (float*)wide);
+      }
+    }
+    return failed;
+  }
+  thread_local Memory shared;
+  char* out = shared.take(a.B * sequence);
+  if (!out) return 1;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    thread_local Memory space;
+    char* memory = space.take(plan.total + row);
+    failed = memory == nullptr;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < a.B * plan.units; task++) {
+      const int64_t b = task / plan.units;
+      if (memory) attend_unit(products, a, plan, memory, b, task % plan.units, out + b * sequence, amx);
+    }
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < a.B * a.L; m++)
+      if (memory) pass_row(*rows, out + m * a.H * a.D * size, m, (float*)(memory + plan.total));
+  }
+  return failed;
+}

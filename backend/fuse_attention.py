@@ -1,0 +1,156 @@
+"""``quantize_rows(attention(linear(x), linear(x), linear(x)))`` becomes one op, on a CPU: queries, keys and values stay in the cache."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph.effects import writers_of
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.match import Miss
+from fxquant.graph.rewrite import splice
+from fxquant.graph.spelling import FAMILIES
+from fxquant.graph.tidy import value
+from fxquant.patterns.canonical import erase
+from fxquant.patterns.linear import same_sizes
+
+from .cpu import ops
+
+aten = torch.ops.aten
+WHOLE = ops.PANEL  # a part of a product's outputs begins with a panel of weights
+
+
+class Heads(NamedTuple):
+    """Queries, keys or values as part of a product: outputs ``first`` to ``last`` of ``product``, ``count`` heads of them."""
+
+    product: fx.Node
+    first: int
+    last: int
+    count: int
+
+
+def fuse_attention(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
+    """Fuse every op that quantizes the rows of an attention with it and with what it attends to. Returns why some were not."""
+    misses: list[Miss] = []
+    for rows in list(gm.graph.find_nodes(op="call_function", target=ops.quantize_rows)):
+        attention = _attention(rows)
+        operands = attention if isinstance(attention, Miss) else _operands(attention, rows)
+        if isinstance(operands, Miss):
+            misses.append(operands)
+        elif fuel.take(f"fuse {rows.name} with the attention it reads"):
+            assert isinstance(attention, fx.Node)
+            _write(gm, rows, attention, operands)
+    return misses
+
+
+def _attention(rows: fx.Node) -> fx.Node | Miss:
+    """The attention whose heads, side by side, are the rows."""
+    joined: Any = rows.args[0]
+    node = joined
+    while FAMILIES.get(node.target) == "view" and _alone(node):
+        node = node.args[0]
+    if node.target is not aten.transpose.int or {axis % 4 for axis in node.args[1:]} != {1, 2} or not _alone(node):
+        return Miss("'{}' does not put heads side by side", node, 0, (node,))
+    attention: Any = node.args[0]
+    if attention.target is not ops.attention or not _alone(attention):
+        return Miss("'{}' is no attention that only '{}' reads", attention, 1, (attention, rows))
+    batch, heads, length, width = value(attention).shape
+    if not same_sizes(value(joined).shape, (batch, length, heads * width)):
+        return Miss("'{}' is not [B, L, H D] of the heads", joined, 1, (joined,))
+    return attention
+
+
+def _alone(node: fx.Node) -> bool:
+    return len(node.users) == 1
+
+
+def _operands(attention: fx.Node, rows: fx.Node) -> tuple[Heads, Heads, Heads] | Miss:
+    """Where queries, keys and values come from, if all come from the same codes and nobody else reads them."""
+    found = [_heads(attention, node) for node in attention.args[:3]]
+    for heads in found:
+        if isinstance(heads, Miss):
+            return heads
+    query, key, val = (heads for heads in found if isinstance(heads, Heads))
+    (batch, _, length, _), codes = value(attention).shape, query.product.args[:3]
+    for heads in (key, val):
+        if heads.product.args[:3] != codes:
+            return Miss("'{}' and '{}' are products of different codes", heads.product, 2, (heads.product, query.product))
+        if heads.last - heads.first != query.last - query.first or heads.count != query.count:
+            return Miss("'{}' makes other heads than '{}'", heads.product, 2, (heads.product, query.product))
+    if not same_sizes(value(codes[0]).shape[:-1], (batch, length)):
+        return Miss("the codes '{}' are not [B, L, K]", codes[0], 2, (codes[0],))
+    if any(next(writers_of(heads.product), None) is not None for heads in (query, key, val)):
+        return Miss("'{}' is written to", query.product, 2, (query.product,))
+    return query, key, val
+
+
+def _heads(attention: fx.Node, node: Any) -> Heads | Miss:
+    """``transpose(view(product))``, or of a part of the product."""
+    shape = value(node).shape
+    way = [node, node.args[0]]
+    if node.target is not aten.transpose.int or {axis % 4 for axis in node.args[1:]} != {1, 2}:
+        return Miss("'{}' is not the heads of a product: '{}' is no transpose", attention, 1, (node, node.target))
+    if FAMILIES.get(way[-1].target) != "view":
+        return Miss("'{}' is not the heads of a product: '{}' is no view", attention, 1, (node, way[-1].target))
+    source: Any = way[-1].args[0]
+    first, size = 0, shape[1] * shape[3]
+    cut = _cut(source)
+    if cut is not None:
+        way.append(source)
+        source, first = cut
+    if source.target is not ops.linear or source.args[8] != "none":
+        return Miss("'{}' is made by '{}', which is no integer product", node, 2, (node, source))
+    if not all(map(_alone, way)) or (cut is None and not _alone(source)):
+        return Miss("others read what '{}' is made of", node, 2, (node,))
+    if cut is not None and any(user.target is not aten.split.Tensor and _cut(user) is None for user in source.users):
+        return Miss("others than attention read '{}'", source, 2, (source,))
+    outputs: Any = source.args[7]
+    if first % WHOLE or ((first + size) % WHOLE and first + size != outputs):
+        return Miss("'{}' begins or ends within {} outputs of '{}'", node, 2, (node, WHOLE, source))
+    if not same_sizes(value(source).shape[:-1], (shape[0], shape[2])):
+        return Miss("'{}' mixes the tokens of '{}'", node, 2, (node, source))
+    return Heads(source, first, first + size, shape[1])
+
+
+def _cut(node: Any) -> tuple[fx.Node, int] | None:
+    """What ``node`` is a part of along the last axis, and where it begins."""
+    if node.target is aten.slice.Tensor:
+        source, axis, first, *_ = (*node.args, 0, 0)[:3]
+        last_axis = axis % value(node).dim() == value(node).dim() - 1
+        return (source, first or 0) if last_axis and isinstance(first or 0, int) and _step(node) == 1 else None
+    if getattr(node.target, "__name__", "") == "getitem" and node.args[0].target is aten.split.Tensor:
+        source, size, axis = (*node.args[0].args, 0)[:3]
+        whole = value(source)
+        return (source, size * node.args[1]) if axis % whole.dim() == whole.dim() - 1 and isinstance(size, int) else None
+    return None
+
+
+def _step(node: fx.Node) -> Any:
+    return node.args[4] if len(node.args) > 4 else 1
+
+
+def _write(gm: fx.GraphModule, rows: fx.Node, attention: fx.Node, operands: tuple[Heads, Heads, Heads]) -> None:
+    mask, is_causal, factor = attention.args[3:6]
+    bits, symmetric = rows.args[1:3]
+    parts, heads, dtype = [(h.first, h.last) for h in operands], operands[0].count, operands[0].product.args[9]
+
+    def fused(codes: Any, weights: Any, mask: Tensor | None) -> list[Tensor]:
+        cut = [_part(weight, *part) for weight, part in zip(weights, parts, strict=True)]
+        return list(ops.attend(*codes, *map(list, zip(*cut, strict=True)), heads, dtype, mask, is_causal, factor, bits, symmetric))
+
+    product = operands[0].product
+    memo = ("fuse_attention", tuple(parts), heads, dtype, is_causal, factor, bits, symmetric)
+    given = [list(h.product.args[3:7]) for h in operands]
+    new = splice(gm, rows, fused, list(product.args[:3]), given, mask, memo=memo)
+    for user in list(rows.users):
+        user.replace_all_uses_with(new[user.args[1]])
+        gm.graph.erase_node(user)
+    erase(gm, rows)
+
+
+def _part(weight: Any, first: int, last: int) -> list[Tensor | None]:
+    """Packed weight, scale, sums and bias of the outputs ``first`` to ``last``."""
+    panels, scale, sums, bias = weight
+    if (first, last) == (0, scale.shape[0]):
+        return [panels, scale, sums, bias]
+    return [panels[first // WHOLE : -(last // -WHOLE)], *(None if t is None else t[first:last] for t in (scale, sums, bias))]
