@@ -139,21 +139,25 @@ void take_queries(const Attention& a, const Sizes& sizes, const Space& space, co
     _tile_dpbf16ps(3, 5, 7);      \
   }
 
-inline void multiply(half* const above[2], int64_t at, half* const beside[2], int64_t left, int64_t right, int low, bool both) {
+template <typename Meanwhile>
+inline void multiply(half* const above[2], int64_t at, half* const beside[2], int64_t left, int64_t right, int low, bool both, Meanwhile& meanwhile) {
   _tile_loadd(6, beside[0] + left, 64);
   _tile_loadd(7, beside[0] + right, 64);
   if (low & 1) {
     _tile_loadd(4, above[1] + at, 64);
     if (both) _tile_loadd(5, above[1] + at + TILE, 64);
     FOUR_PRODUCTS(both)
+    meanwhile();
   }
   _tile_loadd(4, above[0] + at, 64);
   if (both) _tile_loadd(5, above[0] + at + TILE, 64);
   FOUR_PRODUCTS(both)
+  meanwhile();
   if (low & 2) {
     _tile_loadd(6, beside[1] + left, 64);
     _tile_loadd(7, beside[1] + right, 64);
     FOUR_PRODUCTS(both)
+    meanwhile();
   }
 }
 
@@ -229,37 +233,35 @@ struct Head {
     }
   }
 
-  void soften(Block* block, int64_t rows) const {
-    if (!block) return;
-    const int64_t end = block->done + rows < block->rows ? block->done + rows : block->rows;
-    for (; block->done < end; block->done++) block->by[block->done] = softmax(*block, block->done);
+  void soften(Block& block, int64_t end) const {
+    for (; block.done < end; block.done++) block.by[block.done] = softmax(block, block.done);
   }
 
-  // Scores of a block; after each step a few rows of another block's softmax.
-  void score(const Block& block, Block* other, int64_t each) const {
+  // Scores of a block; `meanwhile` is called after every few products.
+  template <typename Meanwhile>
+  void score(const Block& block, Meanwhile& meanwhile) const {
     const int64_t steps = sizes.depth / DEPTH;
     const bool both = block.rows > SIDE;
     for (int64_t t = 0; t < block.T; t += DEPTH) {
       clear();
       for (int64_t step = 0; step < steps; step++) {
         const int64_t at = (t / SIDE * steps + step) * TILE;
-        multiply(space.queries, step * QUERIES * DEPTH, space.keys, at, at + steps * TILE, parts > 1 ? 3 : 0, both);
+        multiply(space.queries, step * QUERIES * DEPTH, space.keys, at, at + steps * TILE, parts > 1 ? 3 : 0, both, meanwhile);
       }
       put(space.scores[block.turn] + t, sizes.row, both);
-      soften(other, each);
     }
   }
 
   // Probabilities of a block times the values, to the output.
-  void mix(const Block& block, Block* other, int64_t each) const {
+  template <typename Meanwhile>
+  void mix(const Block& block, Meanwhile& meanwhile) const {
     const int size = element_size(a.dtype), low = parts > 1 ? 3 : 1;
     const bool both = block.rows > SIDE;
     for (int64_t c = 0; c < sizes.width; c += DEPTH) {
       clear();
       for (int64_t t = 0; t < block.T; t += DEPTH) {
         const int64_t at = (t / DEPTH * (sizes.width / SIDE) + c / SIDE) * TILE;
-        multiply(space.probabilities[block.turn], t * QUERIES, space.values, at, at + TILE, low, both);
-        soften(other, each);
+        multiply(space.probabilities[block.turn], t * QUERIES, space.values, at, at + TILE, low, both, meanwhile);
       }
       put(space.mixed + c, sizes.width, both);
     }
@@ -326,13 +328,17 @@ void amx_attention(const Attention& a, char* memory, int64_t b, int64_t h, int64
       take_queries(a, sizes, space, q + l * a.ql * size, rows);
       turn++;
     }
-    const int64_t steps = (before ? (before->T + 31) / 32 * (sizes.width / DEPTH) : 0) + (next ? (next->T + 31) / 32 : 0);
-    const int64_t each = steps ? (QUERIES + steps - 1) / steps : QUERIES;
+    const int64_t mixes = before ? (before->T + 31) / 32 * (sizes.width / DEPTH) * (parts + 1) : 0;
+    const int64_t scores = next ? (next->T + 31) / 32 * (sizes.depth / DEPTH) * (2 * parts - 1) : 0;
+    int64_t passed = 0;
+    auto meanwhile = [&] {
+      if (now) head.soften(*now, now->rows * ++passed / (mixes + scores));
+    };
     asm volatile("" ::: "memory");  // tiles are loaded and stored behind the compiler's back
-    if (before) head.mix(*before, now, each);
-    if (next) head.score(*next, now, each);
+    if (before) head.mix(*before, meanwhile);
+    if (next) head.score(*next, meanwhile);
     asm volatile("" ::: "memory");
-    head.soften(now, QUERIES);
+    if (now) head.soften(*now, now->rows);
     if (!next && !now) break;
     before = now, now = next;
   }

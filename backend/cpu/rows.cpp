@@ -4,94 +4,152 @@
 
 namespace {
 
-// As storing in `dtype` and loading again would round.
-inline __m512 rounded(__m512 v, int dtype) {
-  if (dtype == F32) return v;
+// As storing in DTYPE and loading again would round.
+template <int DTYPE>
+inline __m512 rounded(__m512 v) {
+  if (DTYPE == F32) return v;
   alignas(64) char half[2 * LANES];
-  store(half, v, dtype, 0xffff);
-  return load(half, dtype, 0xffff);
+  store(half, v, DTYPE, 0xffff);
+  return load(half, DTYPE, 0xffff);
 }
 
-void normalize(const Rows& r, float* y, int64_t m) {
+struct Range {  // of the numbers seen, and of zero
+  __m512 lows = _mm512_setzero_ps(), highs = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+  void see(__m512 v) {
+    lows = _mm512_min_ps(lows, v);
+    highs = _mm512_max_ps(highs, v);
+    odd = _mm512_fmadd_ps(v, _mm512_setzero_ps(), odd);  // zero, unless one is infinite or NaN
+  }
+  void see(const Range& other) {
+    lows = _mm512_min_ps(lows, other.lows);
+    highs = _mm512_max_ps(highs, other.highs);
+    odd = _mm512_add_ps(odd, other.odd);
+  }
+};
+
+// Loop over a row of K numbers: `whole` and then `part` get the offset and the lanes, those of the last register perhaps not all.
+template <typename Body>
+inline void each(int64_t K, Body body) {
+  int64_t k = 0;
+  for (; k + LANES <= K; k += LANES) body(k, (__mmask16)0xffff);
+  if (k < K) body(k, tail(K - k));
+}
+
+// The sum of `space`, which holds zeros behind its end, becomes the mean, and the numbers their norm.
+template <int DTYPE>
+Range normalize(const Rows& r, float* space, __m512 mean, int64_t m) {
   const int64_t K = r.K;
-  const int size = element_size(r.dtype), gain_size = element_size(r.gain_dtype);
-  __m512 mean = _mm512_setzero_ps();
-  if (r.norm == LAYER_NORM) {
-    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t k = 0; k < K; k += LANES) sum[k / LANES % 2] = _mm512_add_ps(sum[k / LANES % 2], _mm512_load_ps(y + k));
-    mean = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) / (float)K);
-  }
+  const int gain_size = element_size(r.gain_dtype), gain_dtype = r.gain_dtype;
+  const char *gain = r.gain, *shift = r.shift;
+  char* normed = r.normed ? r.normed + m * K * element_size(DTYPE) : nullptr;
   __m512 squares = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K; k += LANES) {
-    __m512 d = _mm512_maskz_sub_ps(tail(K - k), _mm512_load_ps(y + k), mean);
+  each(K, [&](int64_t k, __mmask16 lanes) {
+    __m512 d = _mm512_maskz_sub_ps(lanes, _mm512_load_ps(space + k), mean);
     squares = _mm512_fmadd_ps(d, d, squares);
-  }
+  });
   const __m512 by = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)K + r.eps));
-  for (int64_t k = 0; k < K; k += LANES) {
-    const __mmask16 lanes = tail(K - k);
-    __m512 v = _mm512_mul_ps(_mm512_maskz_sub_ps(lanes, _mm512_load_ps(y + k), mean), by);
-    const __m512 shift = r.shift ? load(r.shift + k * gain_size, r.gain_dtype, lanes) : _mm512_setzero_ps();
-    v = r.gain ? _mm512_fmadd_ps(v, load(r.gain + k * gain_size, r.gain_dtype, lanes), shift) : _mm512_add_ps(v, shift);
-    if (r.normed) store(r.normed + (m * K + k) * size, v, r.dtype, lanes);
-    _mm512_store_ps(y + k, rounded(v, r.dtype));
-  }
+  Range range;
+  each(K, [&](int64_t k, __mmask16 lanes) {
+    __m512 v = _mm512_mul_ps(_mm512_maskz_sub_ps(lanes, _mm512_load_ps(space + k), mean), by);
+    const __m512 add = shift ? load(shift + k * gain_size, gain_dtype, lanes) : _mm512_setzero_ps();
+    v = gain ? _mm512_fmadd_ps(v, load(gain + k * gain_size, gain_dtype, lanes), add) : _mm512_add_ps(v, add);
+    if (normed) store(normed + k * element_size(DTYPE), v, DTYPE, lanes);
+    v = rounded<DTYPE>(v);
+    _mm512_store_ps(space + k, v);
+    range.see(v);
+  });
+  return range;
 }
 
 // A scale and a zero point, and codes (numerics/affine.py has the contract, to the last bit).
-void quantize(const Rows& r, const char* x, int dtype, int64_t m) {
+template <int DTYPE>
+void encode(const Rows& r, const char* x, const Range& range, int64_t m) {
   const int64_t K = r.K;
-  const int size = element_size(dtype), largest = r.largest, symmetric = r.symmetric;
-  __m512 lows = _mm512_setzero_ps(), highs = _mm512_setzero_ps();  // the range holds zero
-  __mmask16 bad = 0;
-  for (int64_t k = 0; k < K; k += LANES) {
-    __m512 v = load(x + k * size, dtype, tail(K - k));
-    bad |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    lows = _mm512_min_ps(lows, v);
-    highs = _mm512_max_ps(highs, v);
-  }
-  const float lo = _mm512_reduce_min_ps(lows), hi = _mm512_reduce_max_ps(highs);
+  const int size = element_size(DTYPE), largest = r.largest, symmetric = r.symmetric;
+  const float lo = _mm512_reduce_min_ps(range.lows), hi = _mm512_reduce_max_ps(range.highs);
   const float extent = -lo > hi ? -lo : hi;
   float s = symmetric ? extent * (float)(1.0 / largest) : (hi / 2 - lo / 2) * (float)(2.0 / largest);
   s = s < FLT_MIN ? FLT_MIN : s > FLT_MAX ? FLT_MAX : s;
   if (extent == 0) s = 1;
-  if (bad || !isfinite(extent)) s = NAN;
+  if (_mm512_reduce_add_ps(range.odd) != 0) s = NAN;  // it is NaN then
   const float inverse = 1.0f / s;
   float z = symmetric ? 128 : nearbyintf(-lo * inverse);
   if (!symmetric) z = z < 0 ? 0 : z > largest ? (float)largest : z;
+  const int32_t zero = symmetric ? 128 : isnan(s) ? 0 : (int32_t)z;
   r.scale[m] = s;
-  r.zero[m] = symmetric ? 128 : isnan(s) ? 0 : (int32_t)z;
+  r.zero[m] = zero;
+  const int least = symmetric ? 128 - largest : 0, most = symmetric ? 128 + largest : largest;
   const __m512 by = _mm512_set1_ps(inverse);
-  const __m512i shift = _mm512_set1_epi32(r.zero[m]);
-  const __m512i least = _mm512_set1_epi32(symmetric ? 128 - largest : 0), most = _mm512_set1_epi32(symmetric ? 128 + largest : largest);
   uint8_t* out = r.codes + m * r.stride;
-  for (int64_t k = 0; k < r.stride; k += LANES) {
-    __m512 v = k < K ? load(x + k * size, dtype, tail(K - k)) : _mm512_setzero_ps();
-    __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, by)), shift);  // halves to even; a NaN is the least integer
-    q = _mm512_min_epi32(_mm512_max_epi32(q, least), most);
+  int64_t k = 0;
+
+  // Halves to even; what is NaN becomes the least integer, and stays the least.
+  const auto whole = [&](int64_t at) { return _mm512_cvtps_epi32(_mm512_mul_ps(load(x + at * size, DTYPE, 0xffff), by)); };
+  const __m512i shift = _mm512_set1_epi16((int16_t)zero), low = _mm512_set1_epi16((int16_t)least), high = _mm512_set1_epi16((int16_t)most);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing works in lanes of 128 bits
+  const auto limit = [&](__m512i q) { return _mm512_min_epi16(_mm512_max_epi16(_mm512_adds_epi16(q, shift), low), high); };
+  for (; k + 4 * LANES <= K; k += 4 * LANES) {
+    const __m512i a = limit(_mm512_packs_epi32(whole(k), whole(k + LANES))), b = limit(_mm512_packs_epi32(whole(k + 2 * LANES), whole(k + 3 * LANES)));
+    _mm512_storeu_si512(out + k, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b)));
+  }
+  const __m512i shifts = _mm512_set1_epi32(zero), lows = _mm512_set1_epi32(least), highs = _mm512_set1_epi32(most);
+  for (; k < r.stride; k += LANES) {
+    __m512 v = k < K ? load(x + k * size, DTYPE, tail(K - k)) : _mm512_setzero_ps();
+    __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, by)), shifts);
+    q = _mm512_min_epi32(_mm512_max_epi32(q, lows), highs);
     __m128i bytes = _mm_maskz_mov_epi8(k < K ? tail(K - k) : 0, _mm512_cvtepi32_epi8(q));
     _mm_mask_storeu_epi8(out + k, tail(r.stride - k), bytes);
   }
 }
 
+template <int DTYPE>
+void pass(const Rows& r, const char* x, int64_t m, float* space) {
+  const int64_t K = r.K;
+  const int size = element_size(DTYPE);
+  if (!r.residual && r.norm == NO_NORM && !r.total && !r.normed) {
+    Range range[2];
+    int64_t k = 0;
+    for (; k + 2 * LANES <= K; k += 2 * LANES) {
+      range[0].see(load(x + k * size, DTYPE, 0xffff));
+      range[1].see(load(x + (k + LANES) * size, DTYPE, 0xffff));
+    }
+    for (; k < K; k += LANES) range[0].see(load(x + k * size, DTYPE, tail(K - k)));
+    range[0].see(range[1]);
+    return encode<DTYPE>(r, x, range[0], m);
+  }
+  const char *residual = r.residual ? r.residual + m * K * size : nullptr, *scaled_by = r.scaled_by;
+  char *total = r.total ? r.total + m * K * size : nullptr, *normed = r.normed && r.norm == NO_NORM ? r.normed + m * K * size : nullptr;
+  __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  Range range;
+  each(K, [&](int64_t k, __mmask16 lanes) {
+    __m512 v = load(x + k * size, DTYPE, lanes);
+    if (residual) {
+      __m512 other = load(residual + k * size, DTYPE, lanes);
+      if (scaled_by) other = rounded<DTYPE>(_mm512_mul_ps(other, load(scaled_by + k * size, DTYPE, lanes)));
+      v = rounded<DTYPE>(_mm512_add_ps(v, other));
+    }
+    if (total) store(total + k * size, v, DTYPE, lanes);
+    if (normed) store(normed + k * size, v, DTYPE, lanes);
+    _mm512_store_ps(space + k, v);
+    sum[k / LANES % 2] = _mm512_add_ps(sum[k / LANES % 2], v);
+    range.see(v);
+  });
+  if (r.norm != NO_NORM) {
+    const bool centered = r.norm == LAYER_NORM;
+    const __m512 mean = centered ? _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) / (float)K) : _mm512_setzero_ps();
+    range = normalize<DTYPE>(r, space, mean, m);
+  }
+  encode<F32>(r, (const char*)space, range, m);
+}
+
 }  // namespace
 
 void pass_row(const Rows& r, const char* x, int64_t m, float* space) {
-  if (!r.residual && r.norm == NO_NORM && !r.total && !r.normed) return quantize(r, x, r.dtype, m);
-  const int size = element_size(r.dtype);
-  for (int64_t k = 0; k < r.K; k += LANES) {
-    const __mmask16 lanes = tail(r.K - k);
-    __m512 v = load(x + k * size, r.dtype, lanes);
-    if (r.residual) {
-      __m512 other = load(r.residual + (m * r.K + k) * size, r.dtype, lanes);
-      if (r.scaled_by) other = rounded(_mm512_mul_ps(other, load(r.scaled_by + k * size, r.dtype, lanes)), r.dtype);
-      v = rounded(_mm512_add_ps(v, other), r.dtype);
-    }
-    if (r.total) store(r.total + (m * r.K + k) * size, v, r.dtype, lanes);
-    if (r.normed && r.norm == NO_NORM) store(r.normed + (m * r.K + k) * size, v, r.dtype, lanes);
-    _mm512_store_ps(space + k, v);
+  switch (r.dtype) {
+    case F32: return pass<F32>(r, x, m, space);
+    case BF16: return pass<BF16>(r, x, m, space);
+    default: return pass<F16>(r, x, m, space);
   }
-  if (r.norm != NO_NORM) normalize(r, space, m);
-  quantize(r, (const char*)space, F32, m);
 }
 
 // Rows [M, K] of x; returns 0, or 1 if there was no memory.
