@@ -1,4 +1,7 @@
-"""``quantize_rows(attention(linear(x), linear(x), linear(x)))`` becomes one op, on a CPU: queries, keys and values stay in the cache."""
+"""``quantize_rows(attention(linear(x), linear(x), linear(x)))`` becomes one op, on a CPU.
+
+Queries, keys and values are used up while they are in the cache: they are never written to memory.
+"""
 
 from typing import Any, NamedTuple
 
@@ -136,7 +139,8 @@ def _write(gm: fx.GraphModule, rows: fx.Node, attention: fx.Node, operands: tupl
 
     def fused(codes: Any, weights: Any, mask: Tensor | None) -> list[Tensor]:
         cut = [_part(weight, *part) for weight, part in zip(weights, parts, strict=True)]
-        return list(ops.attend(*codes, *map(list, zip(*cut, strict=True)), heads, dtype, mask, is_causal, factor, bits, symmetric))
+        columns = map(list, zip(*cut, strict=True))
+        return list(ops.attend(*codes, *columns, heads, dtype, mask, is_causal, factor, bits, symmetric))
 
     product = operands[0].product
     memo = ("fuse_attention", tuple(parts), heads, dtype, is_causal, factor, bits, symmetric)

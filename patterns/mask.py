@@ -1,4 +1,4 @@
-"""What an attention mask says beyond what is always true: "every query there is sees the keys that are no padding" is the last part."""
+"""What an attention mask says beyond what is always true: "all queries see the keys that are no padding" is the latter."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ _VIEWS = (aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.al
 def essential_mask(mask: fx.Node) -> fx.Node:
     """The smallest part of a boolean ``mask`` that broadcasts to the same: without factors that are true everywhere.
 
-    Queries are counted from 0, and "not below 0" is how a mask of all of them is spelled; such a mask is [B, 1, L, T], and what it
-    says is [B, 1, 1, T].
+    Queries are counted from 0, and "not below 0" is how a mask of all of them is spelled; such a mask is [B, 1, L, T], and
+    what it says is [B, 1, 1, T].
     """
     while mask.target in _AND and value(mask).dtype is torch.bool:
         left, right = mask.args

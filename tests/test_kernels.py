@@ -200,6 +200,17 @@ def test_a_row_is_added_normalised_and_quantized(data: st.DataObject, m: int, k:
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", [33024, 33088, 66048])
+def test_sums_of_many_inputs_are_exact(isa: str, k: int) -> None:
+    weight = torch.full((3, k), 127, dtype=torch.int8)  # the largest sums there are, of both signs
+    weight[1] = -127
+    codes, zero = torch.full((20, k), 255, dtype=torch.uint8), torch.tensor([0, 128, 254, 255]).int().repeat(5)[:, None]
+    args = (codes, torch.ones(20, 1), zero, ops.pack_panels(weight), torch.ones(3), weight.sum(1, dtype=torch.int32), None, 3)
+    assert torch.equal(ops.linear_on(isa, *args, "none", torch.float32), ops.linear_reference(*args, "none", torch.float32))
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
 @given(
     st.data(), st.integers(0, 300), st.integers(1, 100), st.integers(1, 150), st.sampled_from(ops.ACTIVATIONS), FLOATS,
     st.integers(0, 2**16),

@@ -220,7 +220,8 @@ def _empty_rows(like: Tensor, shape: Sequence[int], dtype: torch.dtype, keep_sum
 
 
 def _run_rows(x: Tensor, rows: _Rows, count: int) -> None:
-    if library().quantize_rows(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(count), ctypes.byref(rows), torch.get_num_threads()):
+    at = ctypes.c_void_p(x.data_ptr())
+    if library().quantize_rows(at, ctypes.c_int64(count), ctypes.byref(rows), torch.get_num_threads()):
         raise MemoryError(f"rows of {x.shape[-1]} numbers need more memory than there is")
 
 

@@ -1,0 +1,184 @@
+"""Products, attention and codes in one op are the three ops one after another, to the last bit; who becomes it in a graph."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from fxquant.backend.cpu import build, ops
+from fxquant.graph.tidy import value
+from fxquant.patterns.mask import essential_mask
+
+needs_library = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
+ISAS = ("vnni", "amx")[: 1 if build.why_not() else 1 + (build.isa() == "amx")]
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+MASKS = {
+    "none": lambda b, h, n: None,
+    "padding": lambda b, h, n: torch.rand(b, 1, 1, n) > 0.3,
+    "bool": lambda b, h, n: torch.rand(b, 1, n, n) > 0.3,
+    "of heads": lambda b, h, n: torch.randn(1, h, n, n),
+    "two axes": lambda b, h, n: torch.randn(n, n),
+}
+
+
+def operands(b: int, n: int, k: int, outputs: int, biased: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Codes of [b, n, k], and weight, scale, sums and bias of three products."""
+    codes = ops.quantize_rows(torch.randn(b, n, k), 8, False)
+    weights = []
+    for _ in range(3):
+        w = torch.randint(-127, 128, (outputs, k), dtype=torch.int8)
+        bias = torch.randn(outputs).to(dtype) if biased else None
+        weights.append((ops.pack_panels(w), torch.rand(outputs) / 50 / math.sqrt(k), w.sum(1, dtype=torch.int32), bias))
+    return codes, [list(column) for column in zip(*weights, strict=True)]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    st.integers(0, 3), st.integers(0, 70), st.integers(1, 80), st.integers(1, 5), st.integers(1, 70), st.booleans(),
+    st.sampled_from(sorted(MASKS)), FLOATS, st.booleans(), st.booleans(), st.integers(0, 2**16),
+)  # fmt: skip
+def test_it_is_three_ops_in_one_to_the_last_bit(
+    isa: str, b: int, n: int, k: int, h: int, d: int, biased: bool, kind: str, dtype: torch.dtype, causal: bool,
+    symmetric: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    codes, weights = operands(b, n, k, h * d, biased, dtype)
+    mask = MASKS[kind](b, h, n)
+    mask = mask.to(dtype) if mask is not None and mask.dtype is not torch.bool else mask
+    causal = causal and mask is None
+    made = ops.attend_on(isa, *codes, *weights, h, dtype, mask, causal, 0.3, 8, symmetric)
+    q, k_, v = (
+        ops.linear_on(isa, *codes, *weight, h * d, "none", dtype).unflatten(-1, (h, d)).transpose(1, 2)
+        for weight in zip(*weights, strict=True)
+    )
+    mixed = ops.attention_on(isa, q, k_, v, mask, causal, 0.3) if b * n else q
+    apart = ops.quantize_rows(mixed.transpose(1, 2).flatten(2), 8, symmetric)
+    assert [tuple(t.shape) for t in made] == [(b, n, h * d + -(h * d) % ops.DEPTH), (b, n, 1), (b, n, 1)]
+    for one, other in zip(made, apart, strict=True):
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+def test_its_meaning_in_plain_pytorch(isa: str) -> None:
+    torch.manual_seed(0)
+    codes, weights = operands(2, 40, 96, 128, True, torch.float32)
+    mask = torch.rand(2, 1, 1, 40) > 0.3
+    one = ops.attend_on(isa, *codes, *weights, 4, torch.float32, mask, False, 0.2, 8, False)
+    other = ops.attend_reference(*codes, *weights, 4, torch.float32, mask, False, 0.2, 8, False)
+    a, b = ((c[0][..., :128].float() - c[2]) * c[1] for c in (one, other))
+    assert (a - b).abs().max() <= other[1].max() * 1.01  # one code, where the two differ in the last bits before rounding
+    assert (one[0] != other[0]).float().mean() < 0.02
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("b", [1, 5])
+def test_codes_do_not_depend_on_the_number_of_threads(isa: str, b: int) -> None:
+    codes, weights = operands(b, 100, 64, 192, True, torch.float32)
+    threads, found = torch.get_num_threads(), []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        found.append(ops.attend_on(isa, *codes, *weights, 6, torch.float32, None, True, 0.2, 8, False))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+
+class Attention(nn.Module):
+    """An attention between linears, split or fused, and what may be wrong with it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.qkv = nn.Linear(64, 192)
+        self.q, self.k, self.v, self.out = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        batch, length, _ = x.shape
+        if self.kind == "fused":
+            q, k, v = self.qkv(x).split(64, -1)
+        elif self.kind == "sliced":
+            y = self.qkv(x)
+            q, k, v = y[..., :64], y[..., 64:128], y[..., 128:]
+        elif self.kind == "cross":
+            q, k, v = self.q(x), self.k(x.flip(1) * 2), self.v(x)
+        elif self.kind == "order":
+            q, k, v = self.v(x), self.q(x), self.k(x)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        heads = [y.view(batch, length, 4, 16).transpose(1, 2) for y in (q, k, v)]
+        if self.kind == "normed":
+            heads[0] = nn.functional.rms_norm(heads[0], (16,))
+        there = torch.arange(length)[None, None, :, None] >= 0
+        y = nn.functional.scaled_dot_product_attention(*heads, mask[:, None, None] & there)
+        y = self.out(y.transpose(1, 2).reshape(batch, length, 64))
+        return (y, k) if self.kind == "read" else (y,)
+
+
+@needs_library
+@pytest.mark.parametrize("length", [24, None], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("kind", "fused"),
+    [("split", 1), ("fused", 1), ("sliced", 1), ("order", 1), ("cross", 0), ("normed", 0), ("read", 0)],
+)
+@torch.no_grad()
+def test_who_becomes_one_op(tmp_path: Path, kind: str, fused: int, length: int | None) -> None:
+    torch.manual_seed(1)
+    torch._dynamo.reset()
+    model = Attention(kind).eval()
+    x, mask = torch.randn(2, 24, 64), torch.rand(2, 24) > 0.3
+    expected = [y.clone() for y in model(x, mask)]
+    model.compile(backend="outlierq", options={"inductor": False, "trace": str(tmp_path)}, dynamic=length is None)
+    for y, wanted in zip(model(x, mask), expected, strict=True):
+        assert (y - wanted).norm() < 0.03 * wanted.norm()
+    (lowered,) = tmp_path.glob("*/*_lowered.py")
+    text = lowered.read_text()
+    assert text.count("fxquant.attend_u8s8.default(") == fused
+    assert text.count("fxquant.attention.default(") == 1 - fused
+    assert (text.count("fxquant.linear_u8s8.default(") == 1) == bool(fused)  # the one behind the attention
+    assert "ge.Scalar" not in text  # the mask says nothing of queries
+
+
+def the_mask(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[fx.Node, fx.Node]:
+    """The mask of ``function`` in a graph, and its essential part."""
+    from fxquant.graph.capture import capture
+
+    found: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
+        found.append(capture(gm))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=keep)(torch.rand(2, 1, 1, 9) > 0.5, torch.arange(9))
+    (output,) = found[0].graph.output_node().args
+    node = output[0] if isinstance(output, list | tuple) else output
+    assert isinstance(node, fx.Node)
+    return node, essential_mask(node)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda m, i: m & (torch.arange(9)[:, None] >= 0), (2, 1, 1, 9)),
+        (lambda m, i: (torch.ones((), dtype=torch.bool) & (torch.arange(9)[:, None] >= 0)) & m, (2, 1, 1, 9)),
+        (lambda m, i: (torch.arange(9)[:, None] + 3 >= 0) & m, (2, 1, 1, 9)),
+        (lambda m, i: m & (torch.arange(9)[:, None] >= 1), (2, 1, 9, 9)),  # says something
+        (lambda m, i: m & (torch.arange(-2, 7)[:, None] >= 0), (2, 1, 9, 9)),
+        (lambda m, i: m & (torch.arange(9)[:, None] - 3 >= 0), (2, 1, 9, 9)),
+        (lambda m, i: m & (i[:, None] >= 0), (2, 1, 9, 9)),  # an input may be anything
+        (lambda m, i: m.int() & torch.ones(9, 1, dtype=torch.int32), (2, 1, 9, 9)),  # not of truth values
+    ],
+)
+def test_a_mask_loses_what_is_always_true_and_nothing_else(
+    function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    whole, part = the_mask(function)
+    assert tuple(value(whole).shape) == (2, 1, 9, 9)
+    assert tuple(value(part).shape) == shape
