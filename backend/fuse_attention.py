@@ -13,7 +13,7 @@ from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
 from fxquant.graph.rewrite import splice
 from fxquant.graph.spelling import FAMILIES
-from fxquant.graph.tidy import value
+from fxquant.graph.tidy import operand, value
 from fxquant.patterns.canonical import erase
 from fxquant.patterns.linear import same_sizes
 
@@ -24,12 +24,12 @@ WHOLE = ops.PANEL  # a part of a product's outputs begins with a panel of weight
 
 
 class Heads(NamedTuple):
-    """Queries, keys or values as part of a product: outputs ``first`` to ``last`` of ``product``, ``count`` heads of them."""
+    """Queries, keys or values as part of a product: outputs ``first`` to ``last`` of ``product``, in ``heads`` heads."""
 
     product: fx.Node
     first: int
     last: int
-    count: int
+    heads: int
 
 
 def fuse_attention(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
@@ -54,7 +54,7 @@ def _attention(rows: fx.Node) -> fx.Node | Miss:
         node = node.args[0]
     if node.target is not aten.transpose.int or {axis % 4 for axis in node.args[1:]} != {1, 2} or not _alone(node):
         return Miss("'{}' does not put heads side by side", node, 0, (node,))
-    attention: Any = node.args[0]
+    attention = operand(node, 0)
     if attention.target is not ops.attention or not _alone(attention):
         return Miss("'{}' is no attention that only '{}' reads", attention, 1, (attention, rows))
     batch, heads, length, width = value(attention).shape
@@ -70,19 +70,19 @@ def _alone(node: fx.Node) -> bool:
 def _operands(attention: fx.Node, rows: fx.Node) -> tuple[Heads, Heads, Heads] | Miss:
     """Where queries, keys and values come from, if all come from the same codes and nobody else reads them."""
     found = [_heads(attention, node) for node in attention.args[:3]]
-    for heads in found:
-        if isinstance(heads, Miss):
-            return heads
-    query, key, val = (heads for heads in found if isinstance(heads, Heads))
-    (batch, _, length, _), codes = value(attention).shape, query.product.args[:3]
-    for heads in (key, val):
-        if heads.product.args[:3] != codes:
-            return Miss("'{}' and '{}' are products of different codes", heads.product, 2, (heads.product, query.product))
-        if heads.last - heads.first != query.last - query.first or heads.count != query.count:
-            return Miss("'{}' makes other heads than '{}'", heads.product, 2, (heads.product, query.product))
-    if not same_sizes(value(codes[0]).shape[:-1], (batch, length)):
-        return Miss("the codes '{}' are not [B, L, K]", codes[0], 2, (codes[0],))
-    if any(next(writers_of(heads.product), None) is not None for heads in (query, key, val)):
+    for part in found:
+        if isinstance(part, Miss):
+            return part
+    query, key, val = (part for part in found if isinstance(part, Heads))
+    (batch, _, length, _), codes = value(attention).shape, operand(query.product, 0)
+    for part in (key, val):
+        if part.product.args[:3] != query.product.args[:3]:
+            return Miss("'{}' and '{}' are products of different codes", part.product, 2, (part.product, query.product))
+        if part.last - part.first != query.last - query.first or part.heads != query.heads:
+            return Miss("'{}' makes other heads than '{}'", part.product, 2, (part.product, query.product))
+    if not same_sizes(value(codes).shape[:-1], (batch, length)):
+        return Miss("the codes '{}' are not [B, L, K]", codes, 2, (codes,))
+    if any(next(writers_of(part.product), None) is not None for part in (query, key, val)):
         return Miss("'{}' is written to", query.product, 2, (query.product,))
     return query, key, val
 
@@ -135,7 +135,7 @@ def _step(node: fx.Node) -> Any:
 def _write(gm: fx.GraphModule, rows: fx.Node, attention: fx.Node, operands: tuple[Heads, Heads, Heads]) -> None:
     mask, is_causal, factor = attention.args[3:6]
     bits, symmetric = rows.args[1:3]
-    parts, heads, dtype = [(h.first, h.last) for h in operands], operands[0].count, operands[0].product.args[9]
+    parts, heads, dtype = [(h.first, h.last) for h in operands], operands[0].heads, operands[0].product.args[9]
 
     def fused(codes: Any, weights: Any, mask: Tensor | None) -> list[Tensor]:
         cut = [_part(weight, *part) for weight, part in zip(weights, parts, strict=True)]

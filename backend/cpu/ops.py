@@ -413,12 +413,13 @@ def attend_reference(
     q, k and v are ``linear`` of the codes, each with its own weight, ``heads`` heads of N / ``heads``; ``factor`` is what
     attention calls its scale.
     """
-    operands = []
-    for weight, weight_scale, total, bias in zip(weights, weight_scales, sums, biases, strict=True):
-        given = (weight, weight_scale, total, bias, weight_scale.numel(), "none", dtype)
-        y = linear_reference(codes, scale, zero_point, *given)
-        operands.append(y.unflatten(-1, (heads, -1)).transpose(1, 2))
-    mixed = attention_reference(*operands, mask, is_causal, factor)
+    query, key, value = (
+        linear_reference(codes, scale, zero_point, weight, weight_scale, total, bias, weight_scale.numel(), "none", dtype)
+        .unflatten(-1, (heads, -1))
+        .transpose(1, 2)
+        for weight, weight_scale, total, bias in zip(weights, weight_scales, sums, biases, strict=True)
+    )
+    mixed = attention_reference(query, key, value, mask, is_causal, factor)
     return quantize_rows_reference(mixed.transpose(1, 2).flatten(2), bits, symmetric)
 
 
