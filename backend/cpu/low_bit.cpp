@@ -1,0 +1,310 @@
+// Linear layers whose weights have 1 to 8 bits, in groups along K: read once, contiguously, and decoded in registers.
+//
+// A panel of 64 outputs is one stream of codes, cut into groups and those into blocks of a few quads: four inputs of each of the
+// 64 outputs, 256 bytes as int8. Narrow codes share bytes, so that a load, a shift and a mask give a quad (low_bit.py has the
+// layout). A chunk of the stream is decoded into the first-level cache, and all rows are multiplied with it there: to int8, for
+// vpdpbusd, where activations are u8, and to float where they are floats.
+//
+// With w = scale (code - zero) and x = x_scale (q - x_zero), a group adds, exactly up to the first product,
+//   scale (sum q code - zero sum (q - x_zero) - x_zero sum code)
+// The sum of the codes and the zero of a group are one word, (zero << 24) + (sum & 0xffffff).
+//
+// Groups are added in order, whatever the threads and the rows beside, so that neither changes a bit.
+
+#include "linear.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int ROWS = 6, BAND = 96, AHEAD = 4096;  // rows at a time in registers, and in the caches; bytes to prefetch ahead
+
+constexpr int depth(int bits) { return bits > 4 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }  // inputs of a block
+
+constexpr int block_bytes(int bits) { return depth(bits) * PANEL / 8 * (bits > 4 ? 8 : bits); }
+
+struct LowBit {
+  const char* x; int x_dtype; int64_t x_stride;                // [M, K]; codes of u8, in rows of x_stride, or floats
+  const float* scale; const int32_t* zero; int64_t per_row;    // of u8 rows: [M] each, or one for all (per_row = 0)
+  const uint8_t* weight; const float* weight_scale; const int32_t* terms;  // [N/64][groups][...], and 64 numbers twice
+  int bits; int64_t size, groups;                              // K = size * groups
+  const char* bias; int bias_dtype;
+  char* out; int dtype, activation;
+  int64_t M, N;
+};
+
+inline __m512i masked(__m512i v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8((char)mask)); }
+
+// The quads of a block for sixteen outputs, to(i, codes). Shifts cross bytes, and the mask takes away what came from others.
+template <int BITS, class To>
+inline void unpack(const uint8_t* block, To to) {
+  const __m512i v = _mm512_loadu_si512(block);
+  if constexpr (BITS > 4) {
+    to(0, v);
+  } else if constexpr (BITS != 3) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8 / BITS; i++) to(i, masked(i ? _mm512_srli_epi16(v, BITS * i) : v, (1 << BITS) - 1));
+  } else {
+    const __m512i low[2] = {v, _mm512_loadu_si512(block + 4 * PANEL)}, high = _mm512_loadu_si512(block + 8 * PANEL);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      const __m512i third = i < 2 ? _mm512_slli_epi16(high, 2 - i) : _mm512_srli_epi16(high, i - 2);
+      to(i, _mm512_or_si512(masked(_mm512_srli_epi16(low[i / 4], 2 * (i % 4)), 3), masked(third, 4)));
+    }
+  }
+}
+
+// Activations of u8: quads of int8, sums of int32.
+struct Integer {
+  using X = uint8_t;
+  using W = int8_t;
+  static constexpr int CHUNK = 256;
+  const LowBit& a;
+  const int32_t* sums;  // [M, groups], of q - x_zero
+
+  template <int BITS>
+  void decode(const uint8_t* from, int64_t blocks, const int32_t*, W* to) const {
+    for (int64_t b = 0; b < blocks; b++, from += block_bytes(BITS), to += depth(BITS) * PANEL)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        for (int line = 0; line < block_bytes(BITS); line += 4 * PANEL) _mm_prefetch(from + AHEAD + line + j * 64, _MM_HINT_T0);
+        unpack<BITS>(from + j * 64, [&](int i, __m512i quad) { _mm512_store_si512(to + i * 4 * PANEL + j * 64, quad); });
+      }
+  }
+
+  template <int MR>
+  static void multiply(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
+    __m512i sum[MR][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) sum[i][j] = first ? _mm512_setzero_si512() : _mm512_load_si512(part + i * PANEL + j * LANES);
+    for (int64_t k = 0; k < count; k += 4, w += 4 * PANEL) {
+      const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64), w2 = _mm512_load_si512(w + 128), w3 = _mm512_load_si512(w + 192);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; i++) {
+        int32_t four;
+        memcpy(&four, x + i * stride + k, 4);
+        const __m512i q = _mm512_set1_epi32(four);
+        sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], q, w0);
+        sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], q, w1);
+        sum[i][2] = _mm512_dpbusd_epi32(sum[i][2], q, w2);
+        sum[i][3] = _mm512_dpbusd_epi32(sum[i][3], q, w3);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) _mm512_store_si512(part + i * PANEL + j * LANES, sum[i][j]);
+  }
+
+  __m512 of_group(int64_t m, int64_t g, const int32_t* part, __m512i terms) const {
+    const __m512i zero = _mm512_srai_epi32(terms, 24), sum = _mm512_srai_epi32(_mm512_slli_epi32(terms, 8), 8);
+    const __m512i less = _mm512_add_epi32(
+        _mm512_mullo_epi32(zero, _mm512_set1_epi32(sums[m * a.groups + g])),
+        _mm512_mullo_epi32(sum, _mm512_set1_epi32(a.zero[m * a.per_row])));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(part), less));
+  }
+
+  __m512 of_row(int64_t m, __m512 total, __m512 bias) const {
+    return _mm512_fmadd_ps(total, _mm512_set1_ps(a.scale[m * a.per_row]), bias);
+  }
+
+  // A row, in groups of `padded`, and its sums.
+  void prepare(int64_t m, X* to, int64_t padded, int32_t* sums) const {
+    const uint8_t* from = (const uint8_t*)a.x + m * a.x_stride;
+    const int32_t zero = a.zero[m * a.per_row] * (int32_t)a.size;
+    for (int64_t g = 0; g < a.groups; g++, from += a.size) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < a.size; k++) sum += from[k];
+      sums[m * a.groups + g] = sum - zero;
+      if (!to) continue;
+      memcpy(to + g * padded, from, a.size);
+      memset(to + g * padded + a.size, 0, padded - a.size);
+    }
+  }
+};
+
+// Activations of floats: weights and sums of floats. A code is decoded exactly, and a group's scale multiplies its sum.
+struct Float {
+  using X = float;
+  using W = float;
+  static constexpr int CHUNK = 64;
+  const LowBit& a;
+  const int32_t* sums;
+
+  template <int BITS>
+  void decode(const uint8_t* from, int64_t blocks, const int32_t* terms, W* to) const {
+    const __m512i replicate = _mm512_set4_epi32(0x0f0f0f0f, 0x0b0b0b0b, 0x07070707, 0x03030303);
+    const __m512 low = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 high = _mm512_sub_ps(low, _mm512_set1_ps(16));
+    const __m512i byte = _mm512_set1_epi32(0xff), magic = _mm512_set1_epi32(0x4b000080);  // 2^23, and codes biased by 128
+    __m512i zero[4];
+    __m512 from_zero[4];
+    for (int j = 0; j < 4; j++) {
+      const __m512i word = _mm512_loadu_si512(terms + j * LANES);
+      zero[j] = _mm512_shuffle_epi8(word, replicate);
+      from_zero[j] = _mm512_add_ps(_mm512_set1_ps(0x1p23f + 128), _mm512_cvtepi32_ps(_mm512_srai_epi32(word, 24)));
+    }
+    for (int64_t b = 0; b < blocks; b++, from += block_bytes(BITS), to += depth(BITS) * PANEL)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        for (int line = 0; line < block_bytes(BITS); line += 4 * PANEL) _mm_prefetch(from + AHEAD + line + j * 64, _MM_HINT_T0);
+        unpack<BITS>(from + j * 64, [&](int i, __m512i quad) {
+          W* four = to + i * 4 * PANEL + j * LANES;
+          if constexpr (BITS <= 4) quad = _mm512_sub_epi8(quad, zero[j]);
+#pragma GCC unroll 4
+          for (int t = 0; t < 4; t++) {
+            const __m512i code = t ? _mm512_srli_epi32(quad, 8 * t) : quad;
+            __m512 value;
+            if constexpr (BITS <= 4)  // -15 to 15: five bits choose among 32 floats
+              value = _mm512_permutex2var_ps(low, code, high);
+            else  // ((code & 0xff) ^ 0x80) + 2^23, as the bits of a float
+              value = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(code, byte, magic, 0x6a)), from_zero[j]);
+            _mm512_store_ps(four + t * PANEL, value);
+          }
+        });
+      }
+  }
+
+  template <int MR>
+  static void multiply(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
+    __m512 sum[MR][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) sum[i][j] = first ? _mm512_setzero_ps() : _mm512_load_ps(part + i * PANEL + j * LANES);
+    for (int64_t k = 0; k < count; k++, w += PANEL) {
+      const __m512 w0 = _mm512_load_ps(w), w1 = _mm512_load_ps(w + 16), w2 = _mm512_load_ps(w + 32), w3 = _mm512_load_ps(w + 48);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; i++) {
+        const __m512 q = _mm512_set1_ps(x[i * stride + k]);
+        sum[i][0] = _mm512_fmadd_ps(q, w0, sum[i][0]);
+        sum[i][1] = _mm512_fmadd_ps(q, w1, sum[i][1]);
+        sum[i][2] = _mm512_fmadd_ps(q, w2, sum[i][2]);
+        sum[i][3] = _mm512_fmadd_ps(q, w3, sum[i][3]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) _mm512_store_ps(part + i * PANEL + j * LANES, sum[i][j]);
+  }
+
+  __m512 of_group(int64_t, int64_t, const int32_t* part, __m512i) const { return _mm512_load_ps(part); }
+
+  __m512 of_row(int64_t, __m512 total, __m512 bias) const { return _mm512_add_ps(total, bias); }
+
+  void prepare(int64_t m, X* to, int64_t padded, int32_t*) const {
+    const int size = element_size(a.x_dtype);
+    const char* from = a.x + m * a.groups * a.size * size;
+    for (int64_t g = 0; g < a.groups; g++, from += a.size * size)
+      for (int64_t k = 0; k < padded; k += LANES) {
+        const __mmask16 lanes = k < a.size ? tail(a.size - k) : 0;
+        _mm512_mask_storeu_ps(to + g * padded + k, tail(padded - k), load(from + k * size, a.x_dtype, lanes));
+      }
+  }
+};
+
+template <class Kind>
+void multiply(const typename Kind::X* x, int64_t stride, int64_t rows, const typename Kind::W* w, int64_t count, int32_t* part, bool first) {
+  for (; rows >= ROWS; x += ROWS * stride, part += ROWS * PANEL, rows -= ROWS)
+    Kind::template multiply<ROWS>(x, stride, w, count, part, first);
+  switch (rows) {
+    case 5: return Kind::template multiply<5>(x, stride, w, count, part, first);
+    case 4: return Kind::template multiply<4>(x, stride, w, count, part, first);
+    case 3: return Kind::template multiply<3>(x, stride, w, count, part, first);
+    case 2: return Kind::template multiply<2>(x, stride, w, count, part, first);
+    case 1: return Kind::template multiply<1>(x, stride, w, count, part, first);
+  }
+}
+
+template <int ACTIVATION, class Kind>
+void finish(const Kind& kind, const float* total, int64_t m, int64_t rows, int64_t panel) {
+  const LowBit& a = kind.a;
+  for (int64_t n = panel * PANEL, j = 0; j < 4 && n < a.N; j++, n += LANES) {
+    const __mmask16 lanes = tail(a.N - n);
+    const __m512 bias = a.bias ? load(a.bias + n * element_size(a.bias_dtype), a.bias_dtype, lanes) : _mm512_setzero_ps();
+    for (int64_t i = 0; i < rows; i++) {
+      const __m512 y = activate<ACTIVATION>(kind.of_row(m + i, _mm512_load_ps(total + i * PANEL + j * LANES), bias));
+      store(a.out + ((m + i) * a.N + n) * element_size(a.dtype), y, a.dtype, lanes);
+    }
+  }
+}
+
+// Rows m to m + rows, BAND at most, of one panel. `x` has groups of `step` elements, and rows of `stride`.
+template <class Kind, int BITS>
+void band(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t step, int64_t m, int64_t rows, int64_t panel) {
+  const LowBit& a = kind.a;
+  alignas(64) typename Kind::W chunk[Kind::CHUNK * PANEL];
+  alignas(64) int32_t part[BAND * PANEL];
+  alignas(64) float total[BAND * PANEL];
+  const int64_t blocks = (a.size + depth(BITS) - 1) / depth(BITS);
+  constexpr int64_t most = Kind::CHUNK / depth(BITS);
+  for (int64_t g = 0; g < a.groups; g++) {
+    const int64_t group = panel * a.groups + g;
+    const int32_t* terms = a.terms + group * PANEL;
+    for (int64_t b = 0; b < blocks; b += most) {
+      const int64_t count = blocks - b < most ? blocks - b : most;
+      kind.template decode<BITS>(a.weight + (group * blocks + b) * block_bytes(BITS), count, terms, chunk);
+      multiply<Kind>(x + m * stride + g * step + b * depth(BITS), stride, rows, chunk, count * depth(BITS), part, b == 0);
+    }
+    for (int j = 0; j < 4; j++) {
+      const __m512 scale = _mm512_loadu_ps(a.weight_scale + group * PANEL + j * LANES);
+      const __m512i word = _mm512_loadu_si512(terms + j * LANES);
+      for (int64_t i = 0; i < rows; i++) {
+        float* sum = total + i * PANEL + j * LANES;
+        const __m512 before = g ? _mm512_load_ps(sum) : _mm512_setzero_ps();
+        _mm512_store_ps(sum, _mm512_fmadd_ps(kind.of_group(m + i, g, part + i * PANEL + j * LANES, word), scale, before));
+      }
+    }
+  }
+  WITH_ACTIVATION(a.activation, finish<A>(kind, total, m, rows, panel));
+}
+
+template <class Kind>
+int run(const LowBit& a, int threads) {
+  if (a.M == 0) return 0;
+  using X = typename Kind::X;
+  const int64_t inner = a.size * a.groups, panels = (a.N + PANEL - 1) / PANEL, bands = (a.M + BAND - 1) / BAND;
+  const int64_t padded = (a.size + depth(a.bits) - 1) / depth(a.bits) * depth(a.bits);
+  const bool copied = sizeof(X) > 1 || padded != a.size;  // where codes lie as the groups need them, they stay there
+  const int64_t row = copied ? padded * a.groups * sizeof(X) : 0;
+  thread_local Space space;
+  char* memory = space.take(a.M * (row + a.groups * sizeof(int32_t)) + 64);
+  if (!memory) return 1;
+  int32_t* sums = (int32_t*)(memory + a.M * row);
+  const Kind kind = {a, sums};
+  X* own = copied ? (X*)memory : nullptr;
+  const X* x = copied ? own : (const X*)a.x;
+  const int64_t stride = copied ? padded * a.groups : a.x_stride, step = copied ? padded : a.size;
+  const auto one = [&] {
+    switch (a.bits) {
+      case 1: return band<Kind, 1>;
+      case 2: return band<Kind, 2>;
+      case 3: return band<Kind, 3>;
+      case 4: return band<Kind, 4>;
+      default: return band<Kind, 8>;
+    }
+  }();
+#pragma omp parallel num_threads(threads) if (a.M * a.N * inner > 32768)
+  {
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < a.M; m++) kind.prepare(m, own ? own + m * stride : nullptr, padded, sums);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < bands * panels; task++) {
+      const int64_t m = task % bands * BAND;
+      one(kind, x, stride, step, m, m + BAND < a.M ? BAND : a.M - m, task / bands);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Both return 0, or 1 if there was no memory.
+int low_bit_integer(const LowBit* a, int threads) { return run<Integer>(*a, threads); }
+
+int low_bit_float(const LowBit* a, int threads) { return run<Float>(*a, threads); }
+}

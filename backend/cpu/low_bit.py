@@ -1,0 +1,178 @@
+"""Linear layers whose weights have 1 to 8 bits, in groups along K: one packed layout, for u8 and for float activations.
+
+A group is filled up to whole blocks of ``DEPTH[bits]`` inputs of 64 outputs. A block consists of *quads*, four inputs of each of
+the outputs, [64, 4], as ``vpdpbusd`` multiplies them. Codes of up to 4 bits count from 0, and quads share bytes, the first in the
+lowest bits; codes of 3 bits lie in two planes, of their low two bits and of their high bit. Wider codes are int8.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fxquant.errors import FxquantError
+from fxquant.numerics.packing import pack_slices, unpack_slices
+
+from .build import library
+from .ops import ACTIVATIONS, DTYPES, PANEL, _activate
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (8,), 6: (8,), 7: (8,), 8: (8,)}
+DEPTH = {bits: 32 // min(planes) for bits, planes in PLANES.items()}
+QUAD = 4 * PANEL
+MOST_INPUTS = (2**31 - 1) // 255**2  # of a group: a sum of more products of two codes may not fit 32 bits
+Packed = tuple[Tensor, Tensor, Tensor]  # weight int8 [ceil(N/64), G, bytes], scale float32 and terms int32 [ceil(N/64), G, 64]
+
+_library = torch.library.Library("fxquant", "FRAGMENT")
+_library.define(
+    "low_bit_linear_u8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor terms, "
+    "Tensor? bias, int bits, int group_size, int out_features, str activation, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "low_bit_linear_float(Tensor x, Tensor weight, Tensor weight_scale, Tensor terms, Tensor? bias, int bits, int group_size, "
+    "int out_features, str activation, ScalarType dtype) -> Tensor"
+)
+
+
+def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Packed:
+    """Codes [N, K] with scale [N, G] and zero point int32 alike, or None -> what the products take.
+
+    A word of ``terms`` holds what a group subtracts: ``(zero point << 24) + (sum of the codes & 0xffffff)``, both as stored.
+    """
+    (n, k), half = codes.shape, 1 << bits - 1
+    groups = k // group_size
+    shift = half * ((bits <= 4) - (zero_point is not None))  # of what is stored: from 0 where it is narrow, else around 0
+    stored = codes.to(torch.int32).view(n, groups, group_size) + shift
+    zero = torch.full_like(scale, shift, dtype=torch.int32) if zero_point is None else zero_point + shift
+    terms = (zero.view(n, groups) << 24) + (stored.sum(2, dtype=torch.int32) & 0xFFFFFF)
+    stored = pad(stored.to(torch.int8), (0, -group_size % DEPTH[bits], 0, 0, 0, -n % PANEL))
+    quads = stored.view(-(n // -PANEL), PANEL, groups, -1, 4).permute(0, 2, 3, 1, 4)
+    blocks = quads.reshape(*quads.shape[:2], -1, DEPTH[bits] * PANEL).view(torch.uint8)
+    low = [sum(PLANES[bits][:p]) for p in range(len(PLANES[bits]))]
+    words = [pack_slices(blocks >> at, width, QUAD, 8 // width) for at, width in zip(low, PLANES[bits], strict=True)]
+    return torch.cat(words, -1).flatten(2), _panels(scale.to(torch.float32).view(n, groups)), _panels(terms)
+
+
+def _panels(t: Tensor) -> Tensor:
+    """[N, G] -> [ceil(N/64), G, 64], zeros where there is nothing."""
+    n, groups = t.shape
+    return pad(t, (0, 0, 0, -n % PANEL)).view(-(n // -PANEL), PANEL, groups).transpose(1, 2).contiguous()
+
+
+def unpack(weight: Tensor, terms: Tensor, bits: int, group_size: int, n: int) -> Tensor:
+    """``code - zero point`` int32 [N, G, group_size] of a packed weight."""
+    panels, groups, _ = weight.shape
+    widths = PLANES[bits]
+    blocks = weight.view(panels, groups, -1, sum(widths) * DEPTH[bits] // 32 * QUAD)
+    planes = blocks.split([width * DEPTH[bits] // 32 * QUAD for width in widths], -1)
+    stored = torch.zeros((), dtype=torch.int32)
+    for p, (plane, width) in enumerate(zip(planes, widths, strict=True)):
+        part = unpack_slices(plane.contiguous(), width, QUAD, 8 // width, signed=bits > 4)
+        stored = stored + (part.to(torch.int32) << sum(widths[:p]))
+    stored = stored.view(panels, groups, -1, PANEL, 4).permute(0, 3, 1, 2, 4).flatten(3)
+    zero = (terms >> 24).transpose(1, 2).unsqueeze(-1)
+    return (stored[..., :group_size] - zero).flatten(0, 1)[:n]
+
+
+def linear_float_reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    terms: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``act(sum_g s_g sum_k x (q - z) + b)``: x [..., K] -> [..., N] in ``dtype``."""
+    codes = unpack(weight, terms, bits, group_size, out_features).double()
+    scale = weight_scale.transpose(1, 2).flatten(0, 1)[:out_features].double()
+    y = x.double() @ (codes * scale.unsqueeze(-1)).flatten(1).t()
+    return _activate(y if bias is None else y + bias.double(), activation).to(dtype)
+
+
+def linear_u8_reference(codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """The same with ``x = s_x (q_x - z_x)``: codes uint8 [..., K or more], scale and zero point [..., 1] or []."""
+    inner = weight.shape[1] * rest[4]
+    x = (codes[..., :inner].double() - zero_point) * scale.double()
+    return linear_float_reference(x, weight, *rest)
+
+
+class _LowBit(ctypes.Structure):
+    """``struct LowBit`` of low_bit.cpp."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("x_dtype", ctypes.c_int), ("x_stride", ctypes.c_int64),
+        ("scale", ctypes.c_void_p), ("zero", ctypes.c_void_p), ("per_row", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("weight", "weight_scale", "terms")),
+        ("bits", ctypes.c_int), ("size", ctypes.c_int64), ("groups", ctypes.c_int64),
+        ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int),
+        ("out", ctypes.c_void_p), ("dtype", ctypes.c_int), ("activation", ctypes.c_int),
+        ("rows", ctypes.c_int64), ("outputs", ctypes.c_int64),
+    )  # fmt: skip
+
+
+def _multiply(
+    x: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    terms: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    given = (x, scale, zero_point, weight, weight_scale, terms, bias)
+    x, scale, zero_point, weight, weight_scale, terms, bias = kept = [None if t is None else t.contiguous() for t in given]
+    groups, rows = weight.shape[1], x.shape[:-1].numel()
+    panels = -(out_features // -PANEL)
+    block = sum(PLANES[bits]) * DEPTH[bits] // 32 * QUAD
+    sizes = [panels, groups, -(group_size // -DEPTH[bits]) * block], [panels, groups, PANEL], [panels, groups, PANEL]
+    inner = group_size * groups
+    wrong = [list(t.shape) for t, size in zip((weight, weight_scale, terms), sizes, strict=True) if list(t.shape) != size]
+    wrong += [list(x.shape)] * (x.shape[-1] != inner if scale is None else x.shape[-1] < inner)
+    wrong += [list(t.shape) for t in (scale, zero_point) if t is not None and t.numel() not in (1, rows)]
+    wrong += [list(bias.shape)] * (bias is not None and list(bias.shape) != [out_features])
+    if wrong:
+        raise FxquantError(
+            f"a product of {rows} rows of {x.shape[-1]} and a weight of {groups} groups of {group_size} and {out_features} "
+            f"outputs has operands of shape {wrong[0]}: the sizes do not agree"
+        )
+    out = x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
+    at = [None if t is None else t.data_ptr() for t in kept]
+    told = _LowBit(
+        at[0], 0 if scale is not None else DTYPES[x.dtype], x.shape[-1],
+        at[1], at[2], int(scale is not None and scale.numel() == rows),
+        *at[3:6], bits, group_size, groups,
+        at[6], 0 if bias is None else DTYPES[bias.dtype],
+        out.data_ptr(), DTYPES[dtype], ACTIVATIONS.index(activation), rows, out_features,
+    )  # fmt: skip
+    product = library().low_bit_float if scale is None else library().low_bit_integer
+    if product(ctypes.byref(told), torch.get_num_threads()):
+        raise MemoryError(f"a product of {rows} rows of {inner} needs more memory than there is")
+    return out
+
+
+def _linear_float(x: Tensor, *rest: Any) -> Tensor:
+    return _multiply(x, None, None, *rest)
+
+
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    out_features, _, dtype = rest[-3:]
+    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
+
+
+_library.impl("low_bit_linear_u8", _multiply, "CPU")
+_library.impl("low_bit_linear_float", _linear_float, "CPU")
+torch.library.register_fake("fxquant::low_bit_linear_u8", _fake, lib=_library)
+torch.library.register_fake("fxquant::low_bit_linear_float", _fake, lib=_library)
+
+linear_u8 = torch.ops.fxquant.low_bit_linear_u8.default
+linear_float = torch.ops.fxquant.low_bit_linear_float.default
