@@ -14,6 +14,8 @@
 #include "linear.h"
 #include "rows.h"
 
+#include <type_traits>
+
 namespace {
 
 constexpr int ROWS = 6, BAND = 96, AHEAD = 4096;  // rows at a time in registers, and in the caches; bytes to prefetch ahead
@@ -31,6 +33,26 @@ struct LowBit {
   char* out; int dtype, activation;
   int64_t M, N;
 };
+
+// The intrinsic, without the copies that GCC 12 makes of every sum around it.
+inline void dpbusd(__m512i& sum, __m512i u8, __m512i s8) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8)); }
+
+// Four registers of sums into a row of them, or onto it.
+inline void put(int32_t* row, __m512i a, __m512i b, __m512i c, __m512i d, bool first) {
+  if (!first) {
+    a = _mm512_add_epi32(a, _mm512_load_si512(row)), b = _mm512_add_epi32(b, _mm512_load_si512(row + 16));
+    c = _mm512_add_epi32(c, _mm512_load_si512(row + 32)), d = _mm512_add_epi32(d, _mm512_load_si512(row + 48));
+  }
+  _mm512_store_si512(row, a), _mm512_store_si512(row + 16, b), _mm512_store_si512(row + 32, c), _mm512_store_si512(row + 48, d);
+}
+
+inline void put(int32_t* row, __m512 a, __m512 b, __m512 c, __m512 d, bool first) {
+  if (!first) {
+    a = _mm512_add_ps(a, _mm512_load_ps(row)), b = _mm512_add_ps(b, _mm512_load_ps(row + 16));
+    c = _mm512_add_ps(c, _mm512_load_ps(row + 32)), d = _mm512_add_ps(d, _mm512_load_ps(row + 48));
+  }
+  _mm512_store_ps(row, a), _mm512_store_ps(row + 16, b), _mm512_store_ps(row + 32, c), _mm512_store_ps(row + 48, d);
+}
 
 inline __m512i masked(__m512i v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8((char)mask)); }
 
@@ -53,6 +75,12 @@ inline void unpack(const uint8_t* block, To to) {
   }
 }
 
+template <int BITS>
+inline void prefetch(const uint8_t* block) {
+#pragma GCC unroll 3
+  for (int line = 0; line < block_bytes(BITS); line += 4 * PANEL) _mm_prefetch(block + AHEAD + line, _MM_HINT_T0);
+}
+
 // Activations of u8: quads of int8, sums of int32.
 struct Integer {
   using X = uint8_t;
@@ -62,11 +90,11 @@ struct Integer {
   const int32_t* sums;  // [M, groups], of q - x_zero
 
   template <int BITS>
-  void decode(const uint8_t* from, int64_t blocks, const int32_t*, W* to) const {
+  static void decode(const uint8_t* from, int64_t blocks, const int32_t*, W* to) {
     for (int64_t b = 0; b < blocks; b++, from += block_bytes(BITS), to += depth(BITS) * PANEL)
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
-        for (int line = 0; line < block_bytes(BITS); line += 4 * PANEL) _mm_prefetch(from + AHEAD + line + j * 64, _MM_HINT_T0);
+        prefetch<BITS>(from + j * 64);
         unpack<BITS>(from + j * 64, [&](int i, __m512i quad) { _mm512_store_si512(to + i * 4 * PANEL + j * 64, quad); });
       }
   }
@@ -75,26 +103,20 @@ struct Integer {
   static void multiply(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
     __m512i sum[MR][4];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) sum[i][j] = first ? _mm512_setzero_si512() : _mm512_load_si512(part + i * PANEL + j * LANES);
+    for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm512_setzero_si512();
     for (int64_t k = 0; k < count; k += 4, w += 4 * PANEL) {
       const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64), w2 = _mm512_load_si512(w + 128), w3 = _mm512_load_si512(w + 192);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++) {
-        int32_t four;
-        memcpy(&four, x + i * stride + k, 4);
-        const __m512i q = _mm512_set1_epi32(four);
-        sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], q, w0);
-        sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], q, w1);
-        sum[i][2] = _mm512_dpbusd_epi32(sum[i][2], q, w2);
-        sum[i][3] = _mm512_dpbusd_epi32(sum[i][3], q, w3);
+        const __m512i q = _mm512_castps_si512(_mm512_broadcastss_ps(_mm_load_ss((const float*)(x + i * stride + k))));
+        dpbusd(sum[i][0], q, w0);
+        dpbusd(sum[i][1], q, w1);
+        dpbusd(sum[i][2], q, w2);
+        dpbusd(sum[i][3], q, w3);
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) _mm512_store_si512(part + i * PANEL + j * LANES, sum[i][j]);
+    for (int i = 0; i < MR; i++) put(part + i * PANEL, sum[i][0], sum[i][1], sum[i][2], sum[i][3], first);
   }
 
   __m512 of_group(int64_t m, int64_t g, const int32_t* part, __m512i terms) const {
@@ -132,8 +154,9 @@ struct Float {
   const LowBit& a;
   const int32_t* sums;
 
-  template <int BITS>
-  void decode(const uint8_t* from, int64_t blocks, const int32_t* terms, W* to) const {
+  // Sixteen outputs of one input at a time, use(input, which sixteen, values).
+  template <int BITS, class Use>
+  static void each(const uint8_t* from, int64_t blocks, const int32_t* terms, Use use) {
     const __m512i replicate = _mm512_set4_epi32(0x0f0f0f0f, 0x0b0b0b0b, 0x07070707, 0x03030303);
     const __m512 low = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512 high = _mm512_sub_ps(low, _mm512_set1_ps(16));
@@ -145,34 +168,43 @@ struct Float {
       zero[j] = _mm512_shuffle_epi8(word, replicate);
       from_zero[j] = _mm512_add_ps(_mm512_set1_ps(0x1p23f + 128), _mm512_cvtepi32_ps(_mm512_srai_epi32(word, 24)));
     }
-    for (int64_t b = 0; b < blocks; b++, from += block_bytes(BITS), to += depth(BITS) * PANEL)
+    for (int64_t b = 0; b < blocks; b++, from += block_bytes(BITS))
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
-        for (int line = 0; line < block_bytes(BITS); line += 4 * PANEL) _mm_prefetch(from + AHEAD + line + j * 64, _MM_HINT_T0);
+        prefetch<BITS>(from + j * 64);
         unpack<BITS>(from + j * 64, [&](int i, __m512i quad) {
-          W* four = to + i * 4 * PANEL + j * LANES;
           if constexpr (BITS <= 4) quad = _mm512_sub_epi8(quad, zero[j]);
 #pragma GCC unroll 4
           for (int t = 0; t < 4; t++) {
             const __m512i code = t ? _mm512_srli_epi32(quad, 8 * t) : quad;
-            __m512 value;
+            const int64_t k = b * depth(BITS) + i * 4 + t;
             if constexpr (BITS <= 4)  // -15 to 15: five bits choose among 32 floats
-              value = _mm512_permutex2var_ps(low, code, high);
+              use(k, j, _mm512_permutex2var_ps(low, code, high));
             else  // ((code & 0xff) ^ 0x80) + 2^23, as the bits of a float
-              value = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(code, byte, magic, 0x6a)), from_zero[j]);
-            _mm512_store_ps(four + t * PANEL, value);
+              use(k, j, _mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(code, byte, magic, 0x6a)), from_zero[j]));
           }
         });
       }
+  }
+
+  template <int BITS>
+  static void decode(const uint8_t* from, int64_t blocks, const int32_t* terms, W* to) {
+    each<BITS>(from, blocks, terms, [&](int64_t k, int j, __m512 w) { _mm512_store_ps(to + k * PANEL + j * LANES, w); });
+  }
+
+  // One row: each weight is used once, so it stays in its register. The order is that of many rows.
+  template <int BITS>
+  static void single(const X* x, const uint8_t* from, int64_t blocks, const int32_t* terms, int32_t* part, bool first) {
+    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    each<BITS>(from, blocks, terms, [&](int64_t k, int j, __m512 w) { sum[j] = _mm512_fmadd_ps(_mm512_set1_ps(x[k]), w, sum[j]); });
+    put(part, sum[0], sum[1], sum[2], sum[3], first);
   }
 
   template <int MR>
   static void multiply(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
     __m512 sum[MR][4];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) sum[i][j] = first ? _mm512_setzero_ps() : _mm512_load_ps(part + i * PANEL + j * LANES);
+    for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm512_setzero_ps();
     for (int64_t k = 0; k < count; k++, w += PANEL) {
       const __m512 w0 = _mm512_load_ps(w), w1 = _mm512_load_ps(w + 16), w2 = _mm512_load_ps(w + 32), w3 = _mm512_load_ps(w + 48);
 #pragma GCC unroll 8
@@ -185,9 +217,7 @@ struct Float {
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) _mm512_store_ps(part + i * PANEL + j * LANES, sum[i][j]);
+    for (int i = 0; i < MR; i++) put(part + i * PANEL, sum[i][0], sum[i][1], sum[i][2], sum[i][3], first);
   }
 
   __m512 of_group(int64_t, int64_t, const int32_t* part, __m512i) const { return _mm512_load_ps(part); }
@@ -245,8 +275,15 @@ void band(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t s
     const int32_t* terms = a.terms + group * PANEL;
     for (int64_t b = 0; b < blocks; b += most) {
       const int64_t count = blocks - b < most ? blocks - b : most;
-      kind.template decode<BITS>(a.weight + (group * blocks + b) * block_bytes(BITS), count, terms, chunk);
-      multiply<Kind>(x + m * stride + g * step + b * depth(BITS), stride, rows, chunk, count * depth(BITS), part, b == 0);
+      const uint8_t* codes = a.weight + (group * blocks + b) * block_bytes(BITS);
+      const typename Kind::X* first = x + m * stride + g * step + b * depth(BITS);
+      if constexpr (std::is_same_v<Kind, Float>)
+        if (rows == 1) {
+          Kind::template single<BITS>(first, codes, count, terms, part, b == 0);
+          continue;
+        }
+      Kind::template decode<BITS>(codes, count, terms, chunk);
+      multiply<Kind>(first, stride, rows, chunk, count * depth(BITS), part, b == 0);
     }
     for (int j = 0; j < 4; j++) {
       const __m512 scale = _mm512_loadu_ps(a.weight_scale + group * PANEL + j * LANES);

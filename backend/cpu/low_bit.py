@@ -134,12 +134,15 @@ def _multiply(
     groups, rows = weight.shape[1], x.shape[:-1].numel()
     panels = -(out_features // -PANEL)
     block = sum(PLANES[bits]) * DEPTH[bits] // 32 * QUAD
-    sizes = [panels, groups, -(group_size // -DEPTH[bits]) * block], [panels, groups, PANEL], [panels, groups, PANEL]
     inner = group_size * groups
-    wrong = [list(t.shape) for t, size in zip((weight, weight_scale, terms), sizes, strict=True) if list(t.shape) != size]
+    sizes = (
+        (weight, panels * groups * -(group_size // -DEPTH[bits]) * block),
+        *((t, panels * groups * PANEL) for t in (weight_scale, terms)),
+        *((t, out_features) for t in (bias,) if t is not None),
+        *((t, rows if t.numel() != 1 else 1) for t in (scale, zero_point) if t is not None),
+    )
+    wrong = [list(t.shape) for t, size in sizes if t.numel() != size]
     wrong += [list(x.shape)] * (x.shape[-1] != inner if scale is None else x.shape[-1] < inner)
-    wrong += [list(t.shape) for t in (scale, zero_point) if t is not None and t.numel() not in (1, rows)]
-    wrong += [list(bias.shape)] * (bias is not None and list(bias.shape) != [out_features])
     if wrong:
         raise FxquantError(
             f"a product of {rows} rows of {x.shape[-1]} and a weight of {groups} groups of {group_size} and {out_features} "
