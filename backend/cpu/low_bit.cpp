@@ -336,9 +336,44 @@ int run(const LowBit& a, int threads) {
   return 0;
 }
 
+// One panel as floats of a.dtype, saturating: row k of a.out has the weights [N] of input k.
+template <int BITS>
+void decoded(const LowBit& a, int64_t panel) {
+  const int64_t blocks = (a.size + depth(BITS) - 1) / depth(BITS);
+  const float most = a.dtype == F16 ? 65504.0f : a.dtype == BF16 ? 0x1.fep127f : FLT_MAX;
+  const __m512 highest = _mm512_set1_ps(most), lowest = _mm512_set1_ps(-most);
+  for (int64_t g = 0; g < a.groups; g++) {
+    const int64_t group = panel * a.groups + g;
+    const float* scale = a.weight_scale + group * PANEL;
+    char* out = a.out + (g * a.size * a.N + panel * PANEL) * element_size(a.dtype);
+    Float::each<BITS>(a.weight + group * blocks * block_bytes(BITS), blocks, a.terms + group * PANEL, [&](int64_t k, int j, __m512 w) {
+      const int64_t left = a.N - panel * PANEL - j * LANES;
+      if (k >= a.size || left <= 0) return;
+      w = _mm512_mul_ps(w, _mm512_loadu_ps(scale + j * LANES));
+      w = _mm512_max_ps(lowest, _mm512_min_ps(highest, w));  // in this order a NaN stays one
+      store(out + (k * a.N + j * LANES) * element_size(a.dtype), w, a.dtype, tail(left));
+    });
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+// The weight alone, decoded as [K, N].
+void low_bit_decode(const LowBit* a, int threads) {
+  const auto one = [&] {
+    switch (a->bits) {
+      case 1: return decoded<1>;
+      case 2: return decoded<2>;
+      case 3: return decoded<3>;
+      case 4: return decoded<4>;
+      default: return decoded<8>;
+    }
+  }();
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t panel = 0; panel < (a->N + PANEL - 1) / PANEL; panel++) one(*a, panel);
+}
 
 // Both return 0, or 1 if there was no memory.
 int low_bit_integer(const LowBit* a, int threads) { return run<Integer>(*a, threads); }

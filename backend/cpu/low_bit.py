@@ -22,6 +22,8 @@ PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (8,), 6: (8,), 7: (8,), 8: (8
 DEPTH = {bits: 32 // min(planes) for bits, planes in PLANES.items()}
 QUAD = 4 * PANEL
 MOST_INPUTS = (2**31 - 1) // 255**2  # of a group: a sum of more products of two codes may not fit 32 bits
+MOST_ROWS = {torch.float32: 256, torch.bfloat16: 64, torch.float16: 256}  # beyond these a float product of decoded weights wins
+BLOCK = 8 * PANEL  # outputs that are decoded at a time
 Packed = tuple[Tensor, Tensor, Tensor]  # weight int8 [ceil(N/64), G, bytes], scale float32 and terms int32 [ceil(N/64), G, 64]
 
 _library = torch.library.Library("fxquant", "FRAGMENT")
@@ -163,8 +165,31 @@ def _multiply(
     return out
 
 
+def decode(weight: Tensor, weight_scale: Tensor, terms: Tensor, bits: int, group_size: int, out: Tensor) -> Tensor:
+    """The values of a packed weight, into ``out`` [K, N] of any float dtype there is."""
+    told = _LowBit(
+        weight=weight.data_ptr(), weight_scale=weight_scale.data_ptr(), terms=terms.data_ptr(), bits=bits, size=group_size,
+        groups=weight.shape[1], out=out.data_ptr(), dtype=DTYPES[out.dtype], outputs=out.shape[1],
+    )  # fmt: skip
+    library().low_bit_decode(ctypes.byref(told), torch.get_num_threads())
+    return out
+
+
 def _linear_float(x: Tensor, *rest: Any) -> Tensor:
-    return _multiply(x, None, None, *rest)
+    """Few rows meet codes that are decoded in registers; many meet blocks of decoded weights, in PyTorch's own product."""
+    if x.shape[:-1].numel() <= MOST_ROWS[x.dtype]:
+        return _multiply(x, None, None, *rest)
+    *packed, bias, bits, group_size, out_features, activation, dtype = rest
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty((rows.shape[0], out_features))
+    memory = x.new_empty(x.shape[-1] * min(BLOCK, out_features))
+    for first in range(0, out_features, BLOCK):
+        n = min(BLOCK, out_features - first)
+        of_block = [t.contiguous()[first // PANEL : (first + BLOCK) // PANEL] for t in packed]
+        block = decode(*of_block, bits, group_size, memory[: x.shape[-1] * n].view(-1, n))
+        torch.mm(rows, block, out=y[:, first : first + n])
+    y = _activate(y if bias is None else y.add_(bias), activation).to(dtype)
+    return y.view(*x.shape[:-1], out_features)
 
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:
