@@ -30,7 +30,7 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # of each instruction set: w
     "vnni": dict.fromkeys(PLAIN, AVX512_VNNI),
     "amx": {
         **dict.fromkeys(PLAIN, AVX512_VNNI),
-        **dict.fromkeys(("int8.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX),
+        **dict.fromkeys(("int8.cpp", "low_bit.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX),
     },
 }
 

@@ -13,12 +13,16 @@
 
 #include "linear.h"
 #include "rows.h"
+#ifdef WITH_AMX
+#include "tiles.h"
+#endif
 
 #include <type_traits>
 
 namespace {
 
 constexpr int ROWS = 6, BAND = 96, AHEAD = 4096;  // rows at a time in registers, and in the caches; bytes to prefetch ahead
+constexpr int TILE = 16, FEWEST_ROWS_OF_AMX = 3;
 
 constexpr int depth(int bits) { return bits > 4 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }  // inputs of a block
 
@@ -88,6 +92,7 @@ struct Integer {
   static constexpr int CHUNK = 256;
   const LowBit& a;
   const int32_t* sums;  // [M, groups], of q - x_zero
+  bool tiles;
 
   template <int BITS>
   static void decode(const uint8_t* from, int64_t blocks, const int32_t*, W* to) {
@@ -118,6 +123,26 @@ struct Integer {
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) put(part + i * PANEL, sum[i][0], sum[i][1], sum[i][2], sum[i][3], first);
   }
+
+#ifdef WITH_AMX
+  // TILE rows, or all that there are if fewer. `count` is a multiple of 64.
+  static void multiply_tiles(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
+    if (first) _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
+    else _tile_loadd(0, part, 4 * PANEL), _tile_loadd(1, part + 16, 4 * PANEL), _tile_loadd(2, part + 32, 4 * PANEL), _tile_loadd(3, part + 48, 4 * PANEL);
+    for (int64_t k = 0; k < count; k += DEPTH, w += DEPTH * PANEL) {
+      _tile_loadd(4, x + k, stride);
+      _tile_loadd(5, w, 4 * PANEL);
+      _tile_dpbusd(0, 4, 5);
+      _tile_loadd(6, w + 64, 4 * PANEL);
+      _tile_dpbusd(1, 4, 6);
+      _tile_loadd(5, w + 128, 4 * PANEL);
+      _tile_dpbusd(2, 4, 5);
+      _tile_loadd(6, w + 192, 4 * PANEL);
+      _tile_dpbusd(3, 4, 6);
+    }
+    _tile_stored(0, part, 4 * PANEL), _tile_stored(1, part + 16, 4 * PANEL), _tile_stored(2, part + 32, 4 * PANEL), _tile_stored(3, part + 48, 4 * PANEL);
+  }
+#endif
 
   __m512 of_group(int64_t m, int64_t g, const int32_t* part, __m512i terms) const {
     const __m512i zero = _mm512_srai_epi32(terms, 24), sum = _mm512_srai_epi32(_mm512_slli_epi32(terms, 8), 8);
@@ -153,6 +178,7 @@ struct Float {
   static constexpr int CHUNK = 64;
   const LowBit& a;
   const int32_t* sums;
+  bool tiles;
 
   // Sixteen outputs of one input at a time, use(input, which sixteen, values).
   template <int BITS, class Use>
@@ -235,8 +261,18 @@ struct Float {
   }
 };
 
+// `chunk` has room for inputs up to a multiple of 64.
 template <class Kind>
-void multiply(const typename Kind::X* x, int64_t stride, int64_t rows, const typename Kind::W* w, int64_t count, int32_t* part, bool first) {
+void multiply(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t rows, typename Kind::W* w, int64_t count, int32_t* part, bool first) {
+#ifdef WITH_AMX
+  if constexpr (std::is_same_v<Kind, Integer>)
+    if (kind.tiles) {
+      const int64_t whole = (count + DEPTH - 1) / DEPTH * DEPTH;
+      memset(w + count * PANEL, 0, (whole - count) * PANEL);
+      for (int64_t i = 0; i < rows; i += TILE) Kind::multiply_tiles(x + i * stride, stride, w, whole, part + i * PANEL, first);
+      return;
+    }
+#endif
   for (; rows >= ROWS; x += ROWS * stride, part += ROWS * PANEL, rows -= ROWS)
     Kind::template multiply<ROWS>(x, stride, w, count, part, first);
   switch (rows) {
@@ -283,7 +319,7 @@ void band(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t s
           continue;
         }
       Kind::template decode<BITS>(codes, count, terms, chunk);
-      multiply<Kind>(first, stride, rows, chunk, count * depth(BITS), part, b == 0);
+      multiply(kind, first, stride, rows, chunk, count * depth(BITS), part, b == 0);
     }
     for (int j = 0; j < 4; j++) {
       const __m512 scale = _mm512_loadu_ps(a.weight_scale + group * PANEL + j * LANES);
@@ -299,18 +335,19 @@ void band(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t s
 }
 
 template <class Kind>
-int run(const LowBit& a, int threads) {
+int run(const LowBit& a, bool tiles, int threads) {
   if (a.M == 0) return 0;
   using X = typename Kind::X;
   const int64_t inner = a.size * a.groups, panels = (a.N + PANEL - 1) / PANEL, bands = (a.M + BAND - 1) / BAND;
-  const int64_t padded = (a.size + depth(a.bits) - 1) / depth(a.bits) * depth(a.bits);
-  const bool copied = sizeof(X) > 1 || padded != a.size;  // where codes lie as the groups need them, they stay there
+  const int64_t unit = tiles ? DEPTH : depth(a.bits), padded = (a.size + unit - 1) / unit * unit;
+  const int64_t height = !tiles || a.M <= TILE ? a.M : (a.M + TILE - 1) / TILE * TILE;  // rows that are read
+  const bool copied = sizeof(X) > 1 || padded != a.size || height != a.M;  // else codes lie as they are wanted
   const int64_t row = copied ? padded * a.groups * sizeof(X) : 0;
   thread_local Space space;
-  char* memory = space.take(a.M * (row + a.groups * sizeof(int32_t)) + 64);
+  char* memory = space.take(height * row + a.M * a.groups * sizeof(int32_t) + 64);
   if (!memory) return 1;
-  int32_t* sums = (int32_t*)(memory + a.M * row);
-  const Kind kind = {a, sums};
+  int32_t* sums = (int32_t*)(memory + height * row);
+  const Kind kind = {a, sums, tiles};
   X* own = copied ? (X*)memory : nullptr;
   const X* x = copied ? own : (const X*)a.x;
   const int64_t stride = copied ? padded * a.groups : a.x_stride, step = copied ? padded : a.size;
@@ -325,6 +362,10 @@ int run(const LowBit& a, int threads) {
   }();
 #pragma omp parallel num_threads(threads) if (a.M * a.N * inner > 32768)
   {
+#ifdef WITH_AMX
+    const int tall = a.M < TILE ? (int)a.M : TILE;
+    if (tiles) configure({tall, tall, tall, tall, tall, TILE, TILE, 1});
+#endif
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < a.M; m++) kind.prepare(m, own ? own + m * stride : nullptr, padded, sums);
 #pragma omp for schedule(dynamic)
@@ -332,6 +373,9 @@ int run(const LowBit& a, int threads) {
       const int64_t m = task % bands * BAND;
       one(kind, x, stride, step, m, m + BAND < a.M ? BAND : a.M - m, task / bands);
     }
+#ifdef WITH_AMX
+    if (tiles) _tile_release();
+#endif
   }
   return 0;
 }
@@ -375,8 +419,13 @@ void low_bit_decode(const LowBit* a, int threads) {
   for (int64_t panel = 0; panel < (a->N + PANEL - 1) / PANEL; panel++) one(*a, panel);
 }
 
-// Both return 0, or 1 if there was no memory.
-int low_bit_integer(const LowBit* a, int threads) { return run<Integer>(*a, threads); }
+// Both return 0, or 1 if there was no memory. `amx` asks for tiles, which pay from FEWEST_ROWS_OF_AMX rows; the results are the same.
+int low_bit_integer(const LowBit* a, int amx, int threads) {
+#ifdef WITH_AMX
+  if (amx && a->M >= FEWEST_ROWS_OF_AMX) return run<Integer>(*a, true, threads);
+#endif
+  return run<Integer>(*a, false, threads);
+}
 
-int low_bit_float(const LowBit* a, int threads) { return run<Float>(*a, threads); }
+int low_bit_float(const LowBit* a, int threads) { return run<Float>(*a, false, threads); }
 }

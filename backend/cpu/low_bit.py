@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from fxquant.errors import FxquantError
 from fxquant.numerics.packing import pack_slices, unpack_slices
 
+from . import build
 from .build import library
 from .ops import ACTIVATIONS, DTYPES, PANEL, _activate
 
@@ -118,6 +119,7 @@ class _LowBit(ctypes.Structure):
 
 
 def _multiply(
+    isa: str,
     x: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None,
@@ -159,8 +161,12 @@ def _multiply(
         at[6], 0 if bias is None else DTYPES[bias.dtype],
         out.data_ptr(), DTYPES[dtype], ACTIVATIONS.index(activation), rows, out_features,
     )  # fmt: skip
-    product = library().low_bit_float if scale is None else library().low_bit_integer
-    if product(ctypes.byref(told), torch.get_num_threads()):
+    threads = torch.get_num_threads()
+    if scale is None:
+        failed = library().low_bit_float(ctypes.byref(told), threads)
+    else:
+        failed = library().low_bit_integer(ctypes.byref(told), int(isa == "amx"), threads)
+    if failed:
         raise MemoryError(f"a product of {rows} rows of {inner} needs more memory than there is")
     return out
 
@@ -175,10 +181,19 @@ def decode(weight: Tensor, weight_scale: Tensor, terms: Tensor, bits: int, group
     return out
 
 
+def linear_u8_on(isa: str, *args: Any) -> Tensor:
+    """``linear_u8`` on the instruction set ``isa``: "amx" or "vnni"; the same to the last bit."""
+    return _multiply(isa, *args)
+
+
+def _linear_u8(*args: Any) -> Tensor:
+    return _multiply(build.isa(), *args)
+
+
 def _linear_float(x: Tensor, *rest: Any) -> Tensor:
     """Few rows meet codes that are decoded in registers; many meet blocks of decoded weights, in PyTorch's own product."""
     if x.shape[:-1].numel() <= MOST_ROWS[x.dtype]:
-        return _multiply(x, None, None, *rest)
+        return _multiply("", x, None, None, *rest)
     *packed, bias, bits, group_size, out_features, activation, dtype = rest
     rows = x.reshape(-1, x.shape[-1])
     y = x.new_empty((rows.shape[0], out_features))
@@ -197,7 +212,7 @@ def _fake(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
 
 
-_library.impl("low_bit_linear_u8", _multiply, "CPU")
+_library.impl("low_bit_linear_u8", _linear_u8, "CPU")
 _library.impl("low_bit_linear_float", _linear_float, "CPU")
 torch.library.register_fake("fxquant::low_bit_linear_u8", _fake, lib=_library)
 torch.library.register_fake("fxquant::low_bit_linear_float", _fake, lib=_library)
