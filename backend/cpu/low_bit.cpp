@@ -127,8 +127,17 @@ struct Integer {
 #ifdef WITH_AMX
   // TILE rows, or all that there are if fewer. `count` is a multiple of 64.
   static void multiply_tiles(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
-    if (first) _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
-    else _tile_loadd(0, part, 4 * PANEL), _tile_loadd(1, part + 16, 4 * PANEL), _tile_loadd(2, part + 32, 4 * PANEL), _tile_loadd(3, part + 48, 4 * PANEL);
+    if (first) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, part, 4 * PANEL);
+      _tile_loadd(1, part + 16, 4 * PANEL);
+      _tile_loadd(2, part + 32, 4 * PANEL);
+      _tile_loadd(3, part + 48, 4 * PANEL);
+    }
     for (int64_t k = 0; k < count; k += DEPTH, w += DEPTH * PANEL) {
       _tile_loadd(4, x + k, stride);
       _tile_loadd(5, w, 4 * PANEL);
@@ -140,7 +149,10 @@ struct Integer {
       _tile_loadd(6, w + 192, 4 * PANEL);
       _tile_dpbusd(3, 4, 6);
     }
-    _tile_stored(0, part, 4 * PANEL), _tile_stored(1, part + 16, 4 * PANEL), _tile_stored(2, part + 32, 4 * PANEL), _tile_stored(3, part + 48, 4 * PANEL);
+    _tile_stored(0, part, 4 * PANEL);
+    _tile_stored(1, part + 16, 4 * PANEL);
+    _tile_stored(2, part + 32, 4 * PANEL);
+    _tile_stored(3, part + 48, 4 * PANEL);
   }
 #endif
 
@@ -341,8 +353,10 @@ int run(const LowBit& a, bool tiles, int threads) {
   const int64_t inner = a.size * a.groups, panels = (a.N + PANEL - 1) / PANEL, bands = (a.M + BAND - 1) / BAND;
   const int64_t unit = tiles ? DEPTH : depth(a.bits), padded = (a.size + unit - 1) / unit * unit;
   const int64_t height = !tiles || a.M <= TILE ? a.M : (a.M + TILE - 1) / TILE * TILE;  // rows that are read
-  const bool copied = sizeof(X) > 1 || padded != a.size || height != a.M;  // else codes lie as they are wanted
-  const int64_t row = copied ? padded * a.groups * sizeof(X) : 0;
+  const bool copied = sizeof(X) > 1 || tiles || padded != a.size;  // else codes lie as they are wanted
+  // Rows a power of two apart would share few places of the first-level cache: one line more.
+  const int64_t stride = copied ? padded * a.groups + 64 / sizeof(X) : a.x_stride, step = copied ? padded : a.size;
+  const int64_t row = copied ? stride * sizeof(X) : 0;
   thread_local Space space;
   char* memory = space.take(height * row + a.M * a.groups * sizeof(int32_t) + 64);
   if (!memory) return 1;
@@ -350,7 +364,6 @@ int run(const LowBit& a, bool tiles, int threads) {
   const Kind kind = {a, sums, tiles};
   X* own = copied ? (X*)memory : nullptr;
   const X* x = copied ? own : (const X*)a.x;
-  const int64_t stride = copied ? padded * a.groups : a.x_stride, step = copied ? padded : a.size;
   const auto one = [&] {
     switch (a.bits) {
       case 1: return band<Kind, 1>;
