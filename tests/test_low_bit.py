@@ -1,5 +1,7 @@
 """Low-bit linears on a CPU: what is packed comes back, integers are exact, floats within what their roundings may cost."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -37,12 +39,13 @@ class Weight:
     def packed(self, scale: Tensor | None = None) -> low_bit.Packed:
         zero_point = self.qparams.zero_point
         zero_point = None if zero_point is None else zero_point.flatten(1)
-        return low_bit.pack(self.codes, (self.qparams.scale if scale is None else scale).flatten(1), zero_point, self.bits, self.size)
+        scale = self.qparams.scale if scale is None else scale
+        return low_bit.pack(self.codes, scale.flatten(1), zero_point, self.bits, self.size)
 
     def rows(self, m: int) -> Tensor:
         return torch.randn(m, self.k, generator=self.generator)
 
-    def how(self, bias: Tensor | None = None, activation: str = "none", dtype: torch.dtype = torch.float32) -> tuple[object, ...]:
+    def how(self, bias: Tensor | None = None, activation: str = "none", dtype: torch.dtype = torch.float32) -> Any:
         return bias, self.bits, self.size, self.n, activation, dtype
 
 
@@ -88,10 +91,11 @@ def test_integers_are_exact(isa: str, weight: Weight, m: int, per_row: bool) -> 
 
 
 def bound(weight: Weight, x: Tensor, values: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """A rounding per input of a group, one per group, one for the bias, half a unit of the result and what is too small for it."""
+    """A rounding in float32 per input of a group, per group and for the bias, and one to the dtype of the result."""
     size = x.double().abs() @ values.abs().t() + (0 if bias is None else bias.double().abs())
     count = weight.size + weight.k // weight.size + 3
-    return 1.01 * count * 2.0**-24 * size + torch.finfo(y.dtype).eps / 2 * (1 + 2.0**-10) * y.double().abs() + torch.finfo(y.dtype).tiny
+    limits = torch.finfo(y.dtype)
+    return 1.01 * count * 2.0**-24 * size + 0.51 * limits.eps * y.double().abs() + limits.tiny
 
 
 @given(weights(), st.integers(0, 20), st.sampled_from(FLOATS), st.booleans())

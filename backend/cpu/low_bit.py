@@ -1,8 +1,8 @@
 """Linear layers whose weights have 1 to 8 bits, in groups along K: one packed layout, for u8 and for float activations.
 
-A group is filled up to whole blocks of ``DEPTH[bits]`` inputs of 64 outputs. A block consists of *quads*, four inputs of each of
-the outputs, [64, 4], as ``vpdpbusd`` multiplies them. Codes of up to 4 bits count from 0, and quads share bytes, the first in the
-lowest bits; codes of 3 bits lie in two planes, of their low two bits and of their high bit. Wider codes are int8.
+A group is filled up to whole blocks of ``DEPTH[bits]`` inputs of 64 outputs. A block consists of *quads*, four inputs of each
+of the outputs, [64, 4], as ``vpdpbusd`` multiplies them. Codes of up to 4 bits count from 0, and quads share bytes, the first
+in the lowest bits; codes of 3 bits lie in two planes, of their low two bits and of their high bit. Wider codes are int8.
 """
 
 import ctypes
@@ -133,8 +133,8 @@ def _multiply(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    given = (x, scale, zero_point, weight, weight_scale, terms, bias)
-    x, scale, zero_point, weight, weight_scale, terms, bias = kept = [None if t is None else t.contiguous() for t in given]
+    x, weight, weight_scale, terms = x.contiguous(), weight.contiguous(), weight_scale.contiguous(), terms.contiguous()
+    scale, zero_point, bias = (None if t is None else t.contiguous() for t in (scale, zero_point, bias))
     groups, rows = weight.shape[1], x.shape[:-1].numel()
     panels = -(out_features // -PANEL)
     block = sum(PLANES[bits]) * DEPTH[bits] // 32 * QUAD
@@ -153,12 +153,12 @@ def _multiply(
             f"outputs has operands of shape {wrong[0]}: the sizes do not agree"
         )
     out = x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
-    at = [None if t is None else t.data_ptr() for t in kept]
     told = _LowBit(
-        at[0], 0 if scale is not None else DTYPES[x.dtype], x.shape[-1],
-        at[1], at[2], int(scale is not None and scale.numel() == rows),
-        *at[3:6], bits, group_size, groups,
-        at[6], 0 if bias is None else DTYPES[bias.dtype],
+        x.data_ptr(), 0 if scale is not None else DTYPES[x.dtype], x.shape[-1],
+        None if scale is None else scale.data_ptr(), None if zero_point is None else zero_point.data_ptr(),
+        int(scale is not None and scale.numel() == rows),
+        weight.data_ptr(), weight_scale.data_ptr(), terms.data_ptr(), bits, group_size, groups,
+        None if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype],
         out.data_ptr(), DTYPES[dtype], ACTIVATIONS.index(activation), rows, out_features,
     )  # fmt: skip
     threads = torch.get_num_threads()
@@ -200,8 +200,8 @@ def _linear_float(x: Tensor, *rest: Any) -> Tensor:
     memory = x.new_empty(x.shape[-1] * min(BLOCK, out_features))
     for first in range(0, out_features, BLOCK):
         n = min(BLOCK, out_features - first)
-        of_block = [t.contiguous()[first // PANEL : (first + BLOCK) // PANEL] for t in packed]
-        block = decode(*of_block, bits, group_size, memory[: x.shape[-1] * n].view(-1, n))
+        weight, scale, terms = (t.contiguous()[first // PANEL : (first + BLOCK) // PANEL] for t in packed)
+        block = decode(weight, scale, terms, bits, group_size, memory[: x.shape[-1] * n].view(-1, n))
         torch.mm(rows, block, out=y[:, first : first + n])
     y = _activate(y if bias is None else y.add_(bias), activation).to(dtype)
     return y.view(*x.shape[:-1], out_features)

@@ -1,4 +1,4 @@
-"""Weights of 1 to 8 bits on a CPU with AVX512-VNNI: our own C++ (cpu/low_bit.cpp) reads them packed, once, and decodes in registers.
+"""Weights of 1 to 8 bits on a CPU: our own C++ (cpu/low_bit.cpp) reads them packed, once, and decodes them in registers.
 
 W4A8 and its like multiply integers, W4A16 and W8A16 floats. One layout serves both.
 """
@@ -59,10 +59,14 @@ def weight_arguments(packed: tuple[Tensor, ...], bias: Tensor | None, like: Prod
 
 
 class LowBitLinear:
-    """Activations of up to 8 bits, per token or per tensor; weights of any width, symmetric or not, per channel or in groups."""
+    """Activations of up to 8 bits, per token or tensor; weights of any width, symmetric or not, per channel or in groups."""
 
-    name = "low-bit VNNI (u8 x codes, fused epilogue)"
     epilogues = ops.ACTIVATIONS[1:]
+
+    @property
+    def name(self) -> str:
+        """It says what multiplies: AMX where there is any, else AVX512-VNNI."""
+        return f"low-bit {'AMX' if not build.why_not() and build.isa() == 'amx' else 'VNNI'} (u8 x codes, fused epilogue)"
 
     def supports(self, product: Product) -> Claim | Miss:
         x = product.activation
