@@ -134,23 +134,23 @@ def _multiply(
     dtype: torch.dtype,
 ) -> Tensor:
     x, weight, weight_scale, terms = x.contiguous(), weight.contiguous(), weight_scale.contiguous(), terms.contiguous()
-    scale, zero_point, bias = (None if t is None else t.contiguous() for t in (scale, zero_point, bias))
-    groups, rows = weight.shape[1], x.shape[:-1].numel()
-    panels = -(out_features // -PANEL)
-    block = sum(PLANES[bits]) * DEPTH[bits] // 32 * QUAD
-    inner = group_size * groups
-    sizes = (
-        (weight, panels * groups * -(group_size // -DEPTH[bits]) * block),
-        *((t, panels * groups * PANEL) for t in (weight_scale, terms)),
-        *((t, out_features) for t in (bias,) if t is not None),
-        *((t, rows if t.numel() != 1 else 1) for t in (scale, zero_point) if t is not None),
-    )
-    wrong = [list(t.shape) for t, size in sizes if t.numel() != size]
-    wrong += [list(x.shape)] * (x.shape[-1] != inner if scale is None else x.shape[-1] < inner)
-    if wrong:
+    bias = None if bias is None else bias.contiguous()
+    if scale is not None and zero_point is not None:
+        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    groups, width, rows = weight.shape[1], x.shape[-1], x.shape[:-1].numel()
+    inner, outputs = group_size * groups, -(out_features // -PANEL) * PANEL
+    stored = outputs * groups * -(group_size // -DEPTH[bits]) * DEPTH[bits] * sum(PLANES[bits]) // 8
+    if (
+        (width != inner if scale is None else width < inner)
+        or weight.numel() != stored
+        or weight_scale.numel() != outputs * groups
+        or terms.numel() != outputs * groups
+        or (bias is not None and bias.numel() != out_features)
+        or any(t is not None and t.numel() not in (1, rows) for t in (scale, zero_point))
+    ):
         raise FxquantError(
-            f"a product of {rows} rows of {x.shape[-1]} and a weight of {groups} groups of {group_size} and {out_features} "
-            f"outputs has operands of shape {wrong[0]}: the sizes do not agree"
+            f"a product of rows {list(x.shape)}, a weight {list(weight.shape)} of {groups} groups of {group_size} codes of {bits} "
+            f"bits, and {out_features} outputs (bias {bias if bias is None else list(bias.shape)}): the sizes do not agree"
         )
     out = x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
     told = _LowBit(
