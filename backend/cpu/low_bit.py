@@ -149,8 +149,8 @@ def _multiply(
         or any(t is not None and t.numel() not in (1, rows) for t in (scale, zero_point))
     ):
         raise FxquantError(
-            f"a product of rows {list(x.shape)}, a weight {list(weight.shape)} of {groups} groups of {group_size} codes of {bits} "
-            f"bits, and {out_features} outputs (bias {bias if bias is None else list(bias.shape)}): the sizes do not agree"
+            f"a product of rows {list(x.shape)}, a weight {list(weight.shape)} of {groups} groups of {group_size} codes of "
+            f"{bits} bits, and {out_features} outputs (bias {None if bias is None else list(bias.shape)}): sizes do not agree"
         )
     out = x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
     told = _LowBit(
