@@ -11,6 +11,7 @@ soon as it is measured. Errors are relative, of the output, against float32.
 import argparse
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -24,11 +25,12 @@ from typing import Any
 
 import torch
 import transformers
-from measure import ROOT, Time, heading, in_turn, shared_assets, table, write
+from measure import ROOT, Flush, Time, heading, in_turn, shared_assets, table, write
 from minilm import encoder, reviews, tokenize
 from torch import Tensor, nn
 
 import fxquant
+from fxquant import IntAffine, PerGroup, Recipe, Spec
 
 Batch = dict[str, Tensor]
 Call = Callable[[], Tensor]
@@ -49,13 +51,17 @@ class Output(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one batch; ``recipes`` of ours run on it, ``static`` peers see the batch itself as calibration data."""
+    """One model on one batch; ``recipes`` of ours run on it, ``static`` peers see the batch itself as calibration data.
+
+    ``cold``: the caches are emptied before every timed call.
+    """
 
     section: str
     name: str
     model: Callable[[], nn.Module]
     batch: Callable[[], Batch]
     recipes: tuple[str, ...] = ("W8A8",)
+    cold: bool = False
 
 
 # ---- cases --------------------------------------------------------------------------------------------------------------
@@ -122,10 +128,10 @@ def cases() -> Iterator[Case]:
     for name, model in (("ViT-tiny", vit_tiny), ("ViT-base", vit_base)):
         for size in (1, 16):
             yield Case("vision", f"{name} {size}", model, partial(_pixels, size))
-    weights = ("W8A8", "W8A16", "W4A8", "W4A16")
-    # six layers of 64 MiB: none is in a cache when its turn comes
-    yield Case("linear", "6 of 4096x4096, M=1, cold", partial(Square, copies=6), partial(_rows, 1), weights)
-    yield Case("linear", "6 of 4096x4096, M=16, cold", partial(Square, copies=6), partial(_rows, 16), weights)
+    weights = ("W8A8", "W8A16", "W4A8", "W4A16", "W3A8", "W2A8")
+    for rows in (1, 4, 16, 32):
+        name = f"6 of 4096x4096, M={rows}, cold"
+        yield Case("linear", name, partial(Square, copies=6), partial(_rows, rows), weights, cold=True)
     for rows in (128, 512, 2048):
         yield Case("linear", f"4096x4096, M={rows}", Square, partial(_rows, rows), ("W8A8", "W4A8"))
 
@@ -134,8 +140,17 @@ def cases() -> Iterator[Case]:
 Make = Callable[[nn.Module, Batch], Call]
 
 
+# Those that are no presets: W4A8 with fewer bits.
+RECIPES = {
+    f"W{bits}A8": dataclasses.replace(
+        Recipe.preset("W4A8"), name=f"W{bits}A8", weights=Spec(IntAffine(bits), PerGroup(128))
+    )
+    for bits in (2, 3)
+}
+
+
 def ours(model: nn.Module, batch: Batch, recipe: str) -> Call:
-    model.compile(backend="outlierq", options={"recipe": recipe})
+    model.compile(backend="outlierq", options={"recipe": RECIPES[recipe].to_dict() if recipe in RECIPES else recipe})
     return _checked(model, batch)
 
 
@@ -247,7 +262,7 @@ class Result:
     reason: str = ""
 
 
-def measure(case: Case, peers: Mapping[str, Make], rounds: int) -> dict[str, Result]:
+def measure(case: Case, peers: Mapping[str, Make], rounds: int, flush: Flush) -> dict[str, Result]:
     """All sides of a case, in turn."""
     torch._dynamo.reset()
     model, batch = case.model(), case.batch()
@@ -267,7 +282,7 @@ def measure(case: Case, peers: Mapping[str, Make], rounds: int) -> dict[str, Res
         except Exception as error:  # a peer that cannot do it is a result, too
             said = str(error).strip().splitlines() or [""]
             results[name] = Result(None, None, f"{type(error).__name__}: {said[0]}"[:200])
-    for name, taken in in_turn(calls, rounds, case.name).items():
+    for name, taken in in_turn(calls, rounds, case.name, flush if case.cold else None).items():
         results[name] = Result(taken, results[name].error)
     return results
 
@@ -311,9 +326,12 @@ def main() -> None:
     for case in known:
         if case.section not in (args.section or [case.section]) or case.name not in (args.case or [case.name]):
             continue
-        results = measure(case, peers, args.rounds)
+        flush = Flush()
+        results = measure(case, peers, args.rounds, flush)
         keep(case, results, args.json)
         print(text(case, results), flush=True)
+        if case.cold:
+            print(f"memory was read at up to {1e-9 * flush.bandwidth:.1f} GB/s in this run\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,12 @@ class Time(NamedTuple):
         return f"{1e3 * self.median:.1f} ms ({1e3 * self.fastest:.1f} to {1e3 * self.slowest:.1f})"
 
 
-def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int, title: str = "timing") -> dict[str, Time]:
+def in_turn(
+    sides: Mapping[str, Callable[[], Any]], rounds: int, title: str = "timing", before: Callable[[], Any] | None = None
+) -> dict[str, Time]:
     """Time each side once per round, in alternating order, so that a slow minute of the machine hits all alike.
 
-    Every side is called three times beforehand: the first call compiles.
+    Every side is called three times beforehand: the first call compiles. ``before`` precedes each timed call, untimed.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
     with torch.no_grad():
@@ -44,10 +46,24 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int, title: str = "t
                 call()
         for number in progress(range(rounds), title):
             for name in list(sides)[:: 1 if number % 2 else -1]:
+                if before is not None:
+                    before()
                 start = time.perf_counter()
                 sides[name]()
                 taken[name].append(time.perf_counter() - start)
     return {name: Time(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
+
+
+class Flush:
+    """Reads half a gigabyte, so that no cache holds what was there; ``bandwidth`` is the best in bytes per second so far."""
+
+    def __init__(self) -> None:
+        self.memory, self.bandwidth = torch.ones(2**27), 0.0
+
+    def __call__(self) -> None:
+        start = time.perf_counter()
+        self.memory.sum()
+        self.bandwidth = max(self.bandwidth, self.memory.nbytes / (time.perf_counter() - start))
 
 
 def working_memory(call: Callable[[], Any]) -> int | None:

@@ -109,9 +109,11 @@ _A8 = Spec(IntAffine(8, symmetric=False), PerToken())
     [
         pytest.param(_W8, _A8, "Int8VnniLinear", marks=needs_library),
         pytest.param(_W8, Spec(_A8.format, PerToken(), MinMSE()), "Int8Linear", marks=needs_library),
-        pytest.param(Spec(IntAffine(4), PerGroup(8)), _A8, "GroupedIntLinear", marks=needs_library),
-        (Spec(IntAffine(4), PerGroup(8)), None, "DequantizedLinear"),
-        (Spec(IntAffine(4, symmetric=False), PerChannel(0)), _A8, "SimulatedLinear"),
+        pytest.param(Spec(IntAffine(4), PerGroup(8)), _A8, "LowBitLinear", marks=needs_library),
+        pytest.param(Spec(IntAffine(4, symmetric=False), PerChannel(0)), _A8, "LowBitLinear", marks=needs_library),
+        pytest.param(Spec(IntAffine(4), PerGroup(8)), None, "LowBitFloatLinear", marks=needs_library),
+        (Spec(IntAffine(4), PerTensor()), None, "DequantizedLinear"),
+        (Spec(IntAffine(4), PerTensor()), _A8, "SimulatedLinear"),
     ],
 )
 def test_the_first_kernel_that_supports_a_product_is_the_one_meant_for_it(

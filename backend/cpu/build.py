@@ -25,12 +25,12 @@ HEADERS = ("simd.h", "activation.h", "linear.h", "memory.h", "rows.h", "attentio
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 AMX = (*AVX512_VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-DWITH_AMX")
-PLAIN = ("int8.cpp", "rows.cpp", "activation.cpp", "attention.cpp", "attend.cpp")
+PLAIN = ("int8.cpp", "low_bit.cpp", "rows.cpp", "activation.cpp", "attention.cpp", "attend.cpp")
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # of each instruction set: what is compiled, and how
     "vnni": dict.fromkeys(PLAIN, AVX512_VNNI),
     "amx": {
         **dict.fromkeys(PLAIN, AVX512_VNNI),
-        **dict.fromkeys(("int8.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX),
+        **dict.fromkeys(("int8.cpp", "low_bit.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX),
     },
 }
 

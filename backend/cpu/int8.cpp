@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int ROWS = 6, FEWEST_ROWS_OF_AMX = 16, RESULT = 512 * 1024;  // bytes of a result that stay in the cache
+constexpr int ROWS = 6, FEWEST_ROWS_OF_AMX = 3, RESULT = 512 * 1024;  // bytes of a result that stay in the cache
 
 // MR rows times one panel of 64 outputs.
 template <int MR, int ACTIVATION>

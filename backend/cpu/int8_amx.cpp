@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int TILE = 16, BLOCK = 2 * TILE;
+constexpr int TILE = 16, BLOCK = 2 * TILE, AHEAD = 4;  // steps to prefetch
 
 // Tiles 0 to 3: sums, two above two. 4 and 5: activations, above and below. 6 and 7: weights, left and right.
 void shape(int rows) {
@@ -43,11 +43,17 @@ void multiply(const Linear& a, int64_t m, int64_t n, int rows, int32_t* exact, B
   const bool both = rows > TILE;
   const int64_t steps = a.K / DEPTH;
   const int each = (int)((before.rows + steps - 1) / steps);
+  const bool once = a.M <= BLOCK;  // no other rows will want these weights: they come from memory
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t step = 0; step < steps; step++, x += DEPTH, w += DEPTH * PANEL) {
+    if (once)
+      for (int i = 0; i < TILE; i++) {
+        _mm_prefetch(w + AHEAD * DEPTH * PANEL + 4 * PANEL * i, _MM_HINT_T0);
+        _mm_prefetch(w + AHEAD * DEPTH * PANEL + 4 * PANEL * i + 4 * TILE, _MM_HINT_T0);
+      }
     _tile_loadd(6, w, 4 * PANEL);
     _tile_loadd(4, x, a.K);
     _tile_loadd(7, w + 4 * TILE, 4 * PANEL);

@@ -1,11 +1,11 @@
 """The kernels, first one that supports a site wins: the order of the tuple is the policy."""
 
 from .dequantize import DequantizedLinear
-from .grouped_int_cpu import GroupedIntLinear
 from .int8_onednn import Int8Linear
 from .int8_triton import Int8TritonLinear
 from .int8_vnni import Int8VnniLinear
 from .kernel import Kernel
+from .low_bit_cpu import LowBitFloatLinear, LowBitLinear
 from .low_bit_triton import LowBitTritonLinear
 from .simulated import SimulatedLinear
 from .weight_only_triton import WeightOnlyTritonLinear
@@ -16,7 +16,8 @@ KERNELS: tuple[Kernel, ...] = (
     WeightOnlyTritonLinear(),
     Int8VnniLinear(),
     Int8Linear(),
-    GroupedIntLinear(),
+    LowBitLinear(),
+    LowBitFloatLinear(),
     DequantizedLinear(),
     SimulatedLinear(),
 )

@@ -1,0 +1,198 @@
+"""Low-bit linears on a CPU: what is packed comes back, integers are exact, floats within what their roundings may cost."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxquant.backend.cpu import build, low_bit, ops
+from fxquant.errors import FxquantError
+from fxquant.numerics.affine import IntAffine
+from fxquant.numerics.granularity import PerGroup
+
+pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
+ISAS = ("vnni", "amx")[: 1 if build.why_not() else 1 + (build.isa() == "amx")]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# From one input to more than a chunk holds, sizes that fill no block among them.
+sizes = st.sampled_from([1, 2, 5, 8, 31, 32, 64, 100, 128, 300])
+
+
+class Weight:
+    """A random weight [n, groups * size]: its codes, the values that they stand for, and how they are packed."""
+
+    def __init__(self, bits: int, symmetric: bool, n: int, groups: int, size: int, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.format, self.granularity = IntAffine(bits, symmetric=symmetric), PerGroup(size)
+        self.bits, self.size, self.n, self.k = bits, size, n, groups * size
+        weight = torch.randn(n, self.k, generator=self.generator)
+        self.qparams = self.format.fit(weight, self.granularity)
+        self.codes = self.format.encode(weight, self.qparams, self.granularity)
+        self.values = self.decoded(torch.float32).double()
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        return self.format.decode(self.codes, self.qparams, self.granularity, dtype)
+
+    def packed(self, scale: Tensor | None = None) -> low_bit.Packed:
+        zero_point = self.qparams.zero_point
+        zero_point = None if zero_point is None else zero_point.flatten(1)
+        scale = self.qparams.scale if scale is None else scale
+        return low_bit.pack(self.codes, scale.flatten(1), zero_point, self.bits, self.size)
+
+    def rows(self, m: int) -> Tensor:
+        return torch.randn(m, self.k, generator=self.generator)
+
+    def how(self, bias: Tensor | None = None, activation: str = "none", dtype: torch.dtype = torch.float32) -> Any:
+        return bias, self.bits, self.size, self.n, activation, dtype
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Weight:
+    bits = draw(st.integers(1, 8))
+    symmetric = bits > 1 and draw(st.booleans())
+    return Weight(bits, symmetric, draw(st.integers(1, 150)), draw(st.integers(1, 4)), draw(sizes), draw(st.integers(0, 2**16)))
+
+
+@given(weights())
+def test_what_is_packed_comes_back_without_its_zero_point(weight: Weight) -> None:
+    words, scale, terms = weight.packed()
+    zero_point = weight.qparams.zero_point
+    wanted = weight.codes.to(torch.int32).view(weight.n, -1, weight.size) - (0 if zero_point is None else zero_point)
+    assert torch.equal(low_bit.unpack(words, terms, weight.bits, weight.size, weight.n), wanted)
+    assert torch.equal(scale.transpose(1, 2).flatten(0, 1)[: weight.n], weight.qparams.scale.flatten(1))
+
+
+@pytest.mark.parametrize(("bits", "bytes_each"), [(8, 1), (4, 1 / 2), (3, 3 / 8), (2, 1 / 4), (1, 1 / 8)])
+def test_codes_take_their_bits_and_no_more(bits: int, bytes_each: float) -> None:
+    assert Weight(bits, False, 128, 2, 128).packed()[0].numel() == 128 * 256 * bytes_each
+
+
+@given(weights(), st.sampled_from(FLOATS))
+def test_a_weight_is_decoded_to_the_last_bit_of_the_contract(weight: Weight, dtype: torch.dtype) -> None:
+    found = low_bit.decode(*weight.packed(), weight.bits, weight.size, torch.empty(weight.k, weight.n, dtype=dtype))
+    assert torch.equal(found.t(), weight.decoded(dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(weights(), st.integers(0, 40), st.booleans())
+def test_integers_are_exact(isa: str, weight: Weight, m: int, per_row: bool) -> None:
+    """With scales of 1 and 2, and sums below 2^24, there is nothing to round."""
+    generator = torch.Generator().manual_seed(m)
+    most = min(255, 2**24 // (weight.k * 255 * 2))
+    scale = 2.0 ** torch.randint(0, 2, (weight.n, weight.k // weight.size), generator=generator)
+    codes = torch.randint(0, most + 1, (m, weight.k), generator=generator, dtype=torch.uint8)
+    zero = torch.randint(0, most + 1, (m, 1) if per_row else (), generator=generator, dtype=torch.int32)
+    args = (codes, torch.full_like(zero, 2, dtype=torch.float32), zero, *weight.packed(scale), *weight.how())
+    found, wanted = low_bit.linear_u8_on(isa, *args), low_bit.linear_u8_reference(*args)
+    assert torch.equal(found, wanted)
+
+
+def bound(weight: Weight, x: Tensor, values: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """A rounding in float32 per input of a group, per group and for the bias, and one to the dtype of the result."""
+    size = x.double().abs() @ values.abs().t() + (0 if bias is None else bias.double().abs())
+    count = weight.size + weight.k // weight.size + 3
+    limits = torch.finfo(y.dtype)
+    return 1.01 * count * 2.0**-24 * size + 0.51 * limits.eps * y.double().abs() + limits.tiny
+
+
+@given(weights(), st.integers(0, 20), st.sampled_from(FLOATS), st.booleans())
+def test_a_float_product_errs_by_its_roundings_alone(weight: Weight, m: int, dtype: torch.dtype, with_bias: bool) -> None:
+    x = weight.rows(m).to(dtype)
+    bias = torch.randn(weight.n, generator=weight.generator).to(dtype) if with_bias else None
+    y = low_bit.linear_float(x, *weight.packed(), *weight.how(bias, dtype=dtype))
+    assert y.dtype == dtype
+    wanted = x.double() @ weight.values.t() + (0 if bias is None else bias.double())
+    assert bool(((y.double() - wanted).abs() <= bound(weight, x, weight.values, bias, y)).all())
+
+
+@given(weights(), st.integers(1, 20), st.sampled_from(FLOATS))
+def test_many_rows_meet_decoded_weights(weight: Weight, m: int, dtype: torch.dtype) -> None:
+    """What rounds besides: the decoded weight, and the result before its bias, in ``dtype``."""
+    x, bias = weight.rows(m).to(dtype), torch.randn(weight.n, generator=weight.generator)
+    few = dict(low_bit.MOST_ROWS)
+    low_bit.MOST_ROWS.update(dict.fromkeys(FLOATS, 0))
+    try:
+        y = low_bit.linear_float(x, *weight.packed(), *weight.how(bias, dtype=dtype))
+    finally:
+        low_bit.MOST_ROWS.update(few)
+    values = weight.decoded(dtype).double()
+    size = x.double().abs() @ values.abs().t() + bias.double().abs()
+    assert y.dtype == dtype
+    unit = (weight.k + 1) * 2.0**-24 + 3 * torch.finfo(dtype).eps
+    assert bool(((y.double() - (x.double() @ values.t() + bias.double())).abs() <= unit * size + 1e-6).all())
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_epilogue_is_that_of_int8(activation: str, dtype: torch.dtype) -> None:
+    weight = Weight(4, False, 70, 3, 32)
+    bias, x = torch.randn(70).to(dtype), weight.rows(5)
+    for found, wanted in (
+        (low_bit.linear_float, low_bit.linear_float_reference),
+        (lambda x, *rest: low_bit.linear_u8(*ops.quantize_rows(x, 8, False), *rest),
+         lambda x, *rest: low_bit.linear_u8_reference(*ops.quantize_rows(x, 8, False), *rest)),
+    ):  # fmt: skip
+        args = (x, *weight.packed(), *weight.how(bias, activation, dtype))
+        torch.testing.assert_close(found(*args), wanted(*args), rtol=max(2e-6, torch.finfo(dtype).eps), atol=2e-6 * 20)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_neither_threads_nor_the_rows_beside_change_a_bit(bits: int) -> None:
+    weight = Weight(bits, False, 200, 3, 300)
+    x, threads = weight.rows(110), torch.get_num_threads()
+    prepared = ops.quantize_rows(x, 8, False)
+    integers, floats = [], []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        integers.append(low_bit.linear_u8(*prepared, *weight.packed(), *weight.how()))
+        floats.append(low_bit.linear_float(x, *weight.packed(), *weight.how()))
+    torch.set_num_threads(threads)
+    assert torch.equal(*integers) and torch.equal(*floats)
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 25), slice(100, 110)):
+        part = low_bit.linear_u8(*(t[rows] for t in prepared), *weight.packed(), *weight.how())
+        assert torch.equal(part, integers[0][rows])
+        assert torch.equal(low_bit.linear_float(x[rows], *weight.packed(), *weight.how()), floats[0][rows])
+
+
+def test_the_instruction_sets_agree_to_the_last_bit() -> None:
+    for size in (5, 32, 64, 128, 300):
+        weight = Weight(4, False, 100, 2, size)
+        for m in (1, 3, 16, 17, 130):
+            args = (*ops.quantize_rows(weight.rows(m), 8, False), *weight.packed(), *weight.how())
+            assert len({tuple(low_bit.linear_u8_on(isa, *args).flatten().tolist()) for isa in ISAS}) == 1
+
+
+@pytest.mark.parametrize("size", [5, 32])
+def test_what_is_not_finite_stays_in_its_output_and_in_its_row(size: int) -> None:
+    weight = Weight(4, False, 70, 3, size)
+    scale = weight.qparams.scale.clone()
+    scale[9, 1] = torch.nan
+    x = weight.rows(4)
+    x[2, size] = torch.inf
+    prepared = ops.quantize_rows(x, 8, False)
+    for y in (low_bit.linear_float(x, *weight.packed(scale), *weight.how()),
+              low_bit.linear_u8(*prepared, *weight.packed(scale), *weight.how())):  # fmt: skip
+        wanted = torch.ones(4, 70, dtype=torch.bool)
+        wanted[2], wanted[:, 9] = False, False
+        assert torch.equal(y.isfinite() & wanted, wanted)
+        assert not y[2].isfinite().any() and bool(y[:, 9].isnan().all())
+
+
+def test_strides_and_leading_shapes_do_not_matter() -> None:
+    weight = Weight(4, True, 70, 2, 32)
+    x = weight.rows(6)
+    args = (*weight.packed(), *weight.how())
+    y = low_bit.linear_float(x, *args)
+    assert torch.equal(low_bit.linear_float(x.t().contiguous().t(), *args), y)
+    assert torch.equal(low_bit.linear_float(x.view(2, 1, 3, -1), *args), y.view(2, 1, 3, -1))
+
+
+def test_sizes_that_do_not_agree_are_refused() -> None:
+    weight = Weight(4, True, 70, 2, 32)
+    with pytest.raises(FxquantError, match="sizes do not agree"):
+        low_bit.linear_float(weight.rows(2)[:, :60], *weight.packed(), *weight.how())
+    with pytest.raises(FxquantError, match="sizes do not agree"):
+        low_bit.linear_float(weight.rows(2), *weight.packed(), *weight.how(torch.zeros(69)))
