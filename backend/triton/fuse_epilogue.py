@@ -17,6 +17,7 @@ from fxquant.graph.spelling import CASTS, FAMILIES
 from fxquant.graph.tidy import value
 from fxquant.patterns.linear import same_sizes
 
+from ..kernels.kernel import SITES
 from . import gemm  # noqa: F401  (defines the ops)
 from .program import Program, Step, kind_of, number_of
 
@@ -284,6 +285,7 @@ def _write(gm: fx.GraphModule, region: Region) -> None:
         return y
 
     new = splice(gm, result, fused, leading, weights, [node for node, _ in region.operands])
+    new.meta[SITES] = tuple(site for node in region.products for site in node.meta.get(SITES, ()))
     if not same_sizes(value(new).shape, value(result).shape):
         view = region.view_like(value(result).shape)
         assert view is not None

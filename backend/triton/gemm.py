@@ -20,10 +20,11 @@ from torch import Tensor
 from . import launch
 from .codes import OFFSET, Codes
 from .gemv import TOKENS, whole_words, write_gemv
-from .language import INTERPRETED, ceil_div, define, launches, require, rows, wrap_triton
+from .language import INTERPRETED, ceil_div, define, launcher, launches, require, rows
 from .program import Program, evaluate, kind_of, number_of
 from .refuse import check_a8, check_a16, check_end
 from .source import Form, kernel, write, write_sum
+from .tile import Problem, Tile, bucket
 
 ONE_GROUP = 1 << 30  # a group of K or more: one scale per output
 
@@ -95,14 +96,12 @@ def _a8_gemm(
             for w, scale in zip(weights[::3], weights[1::3], strict=True)
         ]
         return reference_a8(q, scale_x, zero_x, plain, group_size, program, inputs, out_dtype)
-    on = launch.device(q.device.index)
-    tile = launch.a8_tile(q.shape[0], bits, width, len(weights) // 3, on)
-    steps = ceil_div(q.shape[1], tile.bk if bits == 8 else codes.slices * width)
-    count = launch.parts(weights[0].shape[0], steps, tile, on)
-    size = group_size if grouped else ONE_GROUP
-    # Asked only of few: a symbolic number of tokens is guarded on it.
-    if tile.bm <= 16 and (tokens := next((t for t in TOKENS if q.shape[0] == t), 0)) and whole_words(q, *weights[::3]):
-        tile, count = launch.gemv_tile(tokens, bits, width), 1
+    K, size = q.shape[1], group_size if grouped else ONE_GROUP
+    problem = Problem(
+        bucket(q.shape[0]), weights[0].shape[0], K, bits, width=0 if bits == 8 else width, group_size=min(size, K),
+        products=len(weights) // 3, words=whole_words(q, *weights[::3]),
+    )  # fmt: skip
+    tile, count = launch.choose(problem, launch.device(q.device.index))
     return launch_a8(q, scale_x, zero_x, weights, inputs, program, bits, size, width, out_dtype, tile, count)
 
 
@@ -117,7 +116,7 @@ def launch_a8(
     group_size: int,
     width: int,
     dtype: torch.dtype,
-    tile: launch.Tile,
+    tile: Tile,
     count: int,
 ) -> Tensor:
     """Launch with ``tile`` and K in ``count`` parts; everything else as in ``a8_gemm``."""
@@ -164,9 +163,11 @@ def _a16_gemm(
         ]
         return reference_a16(x, plain, group_size, program, inputs, out_dtype)
     require(x.dtype in OFFSET, f"the activations are {x.dtype}; the kernel multiplies in torch.float16 or torch.bfloat16")
-    on = launch.device(x.device.index)
-    tile = launch.a16_tile(x.shape[0], codes.slices, width, len(weights) // each, on)
-    count = launch.parts(weights[0].shape[0], ceil_div(x.shape[1], codes.slices * width), tile, on)
+    problem = Problem(
+        bucket(x.shape[0]), weights[0].shape[0], x.shape[1], bits, True, shifted, width, min(group_size, x.shape[1]),
+        products=len(weights) // each,
+    )  # fmt: skip
+    tile, count = launch.choose(problem, launch.device(x.device.index))
     return launch_a16(x, weights, inputs, program, shifted, bits, group_size, width, out_dtype or x.dtype, tile, count)
 
 
@@ -180,7 +181,7 @@ def launch_a16(
     group_size: int,
     width: int,
     dtype: torch.dtype,
-    tile: launch.Tile,
+    tile: Tile,
     count: int,
 ) -> Tensor:
     """Launch with ``tile`` and K in ``count`` parts; everything else as in ``a16_gemm``."""
@@ -219,7 +220,7 @@ def _launch(
     inputs: Sequence[Tensor],
     dtype: torch.dtype,
     width: int,
-    tile: launch.Tile,
+    tile: Tile,
     count: int,
 ) -> Tensor:
     """Write the kernel, and that which adds up its parts if there are any; and launch them."""
@@ -259,7 +260,7 @@ def _launch(
 def _call(text: str, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, int]) -> None:
     """Launch the kernel of ``text`` with those of ``values`` that it names."""
     written = kernel(text)
-    wrap_triton(written)[grid](**{name: values[name] for name in written.arg_names}, **options)
+    launcher(written)[grid](**{name: values[name] for name in written.arg_names}, **options)
 
 
 a8_gemm = define("a8_gemm", _a8_gemm)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from fxquant.backend.triton import gemm
 from fxquant.backend.triton.codes import Codes
 from fxquant.backend.triton.language import KernelError
-from fxquant.backend.triton.launch import Tile
 from fxquant.backend.triton.program import OPS, Program
 from fxquant.backend.triton.refuse import MAX_K, fits
+from fxquant.backend.triton.tile import Tile
 
 TILES = (Tile(16, 32, 32, 4, 2), Tile(32, 16, 64, 4, 2), Tile(16, 32, 64, 4, 2, weight_left=True))
 SHAPES = st.tuples(st.integers(0, 20), st.sampled_from([1, 16, 31, 32, 40, 64]), st.integers(1, 150))
