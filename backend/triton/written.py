@@ -87,7 +87,7 @@ class KernelCall:
 
 
 def _example(rows: Any) -> int:
-    """A number of rows that is treated as ``rows`` is: for a symbol, that divides by nothing, one less than its bucket's end."""
+    """A number that is treated as ``rows`` is; for a symbol, which divides by nothing, one less than its bucket's end."""
     if isinstance(rows, int):
         return rows
     hint = int(rows.node.hint)
