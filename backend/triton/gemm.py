@@ -58,9 +58,16 @@ def reference_a16(
     program: str,
     inputs: Sequence[Tensor],
     dtype: torch.dtype | None = None,
+    codebook: Sequence[float] | None = None,
 ) -> Tensor:
-    """The truth: ``scale (codes - zero_point)`` multiplied in float32 and rounded once; codes: [N, K], of any integer dtype."""
+    """The truth: ``scale (codes - zero_point)`` multiplied in float32 and rounded once; codes: [N, K], of any integer dtype.
+
+    With a ``codebook``, whose entries are rounded to the dtype of x: ``scale codebook[codes]``.
+    """
     products = []
+    if codebook:
+        book = torch.tensor(codebook, dtype=x.dtype, device=x.device).float()
+        weights = [(book[codes.long()], scale, zero_point) for codes, scale, zero_point in weights]
     for codes, scale, zero_point in weights:
         group = torch.arange(codes.shape[1], device=codes.device) // group_size
         weight = codes.float() if zero_point is None else codes.float() - zero_point.float()[group].T
@@ -146,14 +153,16 @@ def _a16_gemm(
     group_size: int = 128,
     width: int = 64,
     out_dtype: torch.dtype | None = None,
+    codebook: list[float] | None = None,
 ) -> Tensor:
     """[M, N] in ``out_dtype``, or the dtype of x: float16 or bfloat16 ``x`` [M, K] times one packed weight, or two.
 
     ``weights``: for each product its words, int16 of ``Codes(bits, 16, not shifted).pack(codes, width)``; scale float32
     [ceil(K / group_size), N]; and, if ``shifted``, zero points alike. A group_size of K or more is one scale per output.
+    ``codebook``: what 16 codes (unsigned, not shifted) mean, rounded to the dtype of x.
     Raises KernelError for other shapes or dtypes, and for groups that do not consist of whole slices.
     """
-    codes, each = Codes(bits, 16, not shifted), 3 if shifted else 2
+    codes, each = _codes(bits, shifted, codebook), 3 if shifted else 2
     check_a16(x, weights, codes, each, group_size, width)
     check_end(x.shape[0], weights[0].shape[0], len(weights) // each, program, inputs)
     if not launches(x):
@@ -161,14 +170,15 @@ def _a16_gemm(
             (codes.unpack(w[0], width)[:, : x.shape[1]], w[1], w[2] if shifted else None)
             for w in zip(*(weights[i::each] for i in range(each)), strict=True)
         ]
-        return reference_a16(x, plain, group_size, program, inputs, out_dtype)
+        return reference_a16(x, plain, group_size, program, inputs, out_dtype, codebook)
     require(x.dtype in OFFSET, f"the activations are {x.dtype}; the kernel multiplies in torch.float16 or torch.bfloat16")
     problem = Problem(
         bucket(x.shape[0]), weights[0].shape[0], x.shape[1], bits, True, shifted, width, min(group_size, x.shape[1]),
-        products=len(weights) // each,
+        products=len(weights) // each, codebook=bool(codebook),
     )  # fmt: skip
     tile, count = launch.choose(problem, launch.device(x.device.index))
-    return launch_a16(x, weights, inputs, program, shifted, bits, group_size, width, out_dtype or x.dtype, tile, count)
+    dtype = out_dtype or x.dtype
+    return launch_a16(x, weights, inputs, program, shifted, bits, group_size, width, dtype, tile, count, codebook)
 
 
 def launch_a16(
@@ -183,9 +193,10 @@ def launch_a16(
     dtype: torch.dtype,
     tile: Tile,
     count: int,
+    codebook: Sequence[float] | None = None,
 ) -> Tensor:
     """Launch with ``tile`` and K in ``count`` parts; everything else as in ``a16_gemm``."""
-    codes, each, K = Codes(bits, 16, not shifted), 3 if shifted else 2, x.shape[1]
+    codes, each, K = _codes(bits, shifted, codebook), 3 if shifted else 2, x.shape[1]
     offset = codes.offset(x.dtype)
     form = Form(
         products=len(weights) // each, floats={torch.bfloat16: "bf16", torch.float16: "fp16"}[x.dtype], codes=codes,
@@ -202,6 +213,11 @@ def launch_a16(
         filled = F.pad(x.float(), (0, blocks * size - K))
         values["sums_x"] = filled.view(x.shape[0], values["chunks"], form.chunk * width).sum(-1)
     return _launch(form, rows(x), [rows(w) for w in weights[::each]], values, inputs, dtype, width, tile, count)
+
+
+def _codes(bits: int, shifted: bool, codebook: Sequence[float] | None) -> Codes:
+    """How the codes of ``a16_gemm`` are packed: signed, unless they have zero points or mean places in a codebook."""
+    return Codes(bits, 16, not shifted and not codebook, tuple(codebook or ()))
 
 
 def _chunks(codes: Codes, K: int, group_size: int, width: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import gemm, launch, row
-from .codes import Codes
+from .codes import NF4, Codes
 from .cost import LATENCY, REACHED, cost, least
 from .gemv import TOKENS
 from .gpus import COMPILED, Device
@@ -243,7 +243,7 @@ def a8_case(
 
 def a16_case(
     M: int, bits: int, shifted: bool, group_size: int = 128, program: str = "", products: int = 1,
-    dtype: torch.dtype = torch.bfloat16, width: int = 64,
+    dtype: torch.dtype = torch.bfloat16, width: int = 64, codebook: tuple[float, ...] = (),
 ) -> Callable[[], object]:  # fmt: skip
     """M tokens in 16-bit floats times one or two weights of 4096 x 4096."""
 
@@ -253,7 +253,8 @@ def a16_case(
         packed = _fake(N, K // Codes(bits, 16).slices, dtype=torch.int16)
         weights = [packed, scale, *([scale] if shifted else [])] * products
         inputs = operands_of(program, M, N, dtype)
-        return gemm.a16_gemm(_fake(M, K, dtype=dtype), weights, inputs, program, shifted, bits, group_size, width)
+        x, book = _fake(M, K, dtype=dtype), list(codebook) or None
+        return gemm.a16_gemm(x, weights, inputs, program, shifted, bits, group_size, width, codebook=book)
 
     return run
 
@@ -291,6 +292,8 @@ CASES = (
     Case("W4A16 g128, M = 16, gated pair", a16_case(16, 4, shifted=True, program=GATED, products=2), 16),
     Case("W4A16 g128, M = 32", a16_case(32, 4, shifted=False), 32),
     Case("W4A16 g128, M = 64", a16_case(64, 4, shifted=True)),
+    Case("W4A16 NF4 g64, M = 8", a16_case(8, 4, shifted=False, group_size=64, codebook=NF4), 8),
+    Case("W4A16 NF4 g64, M = 16", a16_case(16, 4, shifted=False, group_size=64, codebook=NF4), 16),
     Case("W8A16, M = 16", a16_case(16, 8, shifted=False, group_size=4096), 16),
 )
 

@@ -41,7 +41,7 @@ class Problem:
 
     ``width`` is that of a slice of packed codes, 0 for int8 codes as they are. ``group_size`` of K or more is one scale
     for each output. ``words``: rows of activations and weights are whole words, so that one or two tokens can be multiplied by
-    dp4a. What follows the product is the same work in any tile, and not part of the question.
+    dp4a. ``codebook``: codes are looked up. What follows the product is the same work in any tile, and not asked about.
     """
 
     tokens: int
@@ -54,6 +54,7 @@ class Problem:
     group_size: int = 1 << 30
     products: int = 1
     words: bool = True
+    codebook: bool = False
 
     @property
     def codes(self) -> Codes | None:
@@ -79,7 +80,8 @@ class Problem:
         return (self.products * self.codes.words * tile.bn + self.codes.slices * tile.bm) * self.width * size
 
     def __str__(self) -> str:
-        kind = f"W{self.bits}A{16 if self.floats else 8}{' shifted' * self.shifted}{' pair' * (self.products == 2)}"
+        kind = f"W{self.bits}A{16 if self.floats else 8}{' shifted' * self.shifted}{' codebook' * self.codebook}"
+        kind += " pair" * (self.products == 2)
         packed = f", slices of {self.width}" if self.width else ", unaligned" * (not self.words)
         group = f", groups of {self.group_size}" if self.group_size < self.K else ""
         return f"{kind}{group}{packed}, {self.tokens} x {self.N} x {self.K}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .codes import OFFSET
+from .codes import NF4, OFFSET
 from .gemm import launch_a8, launch_a16
 from .gpus import Device
 from .language import ceil_div
@@ -82,7 +82,8 @@ def call(problem: Problem, choice: Choice, x: Tensor, weights: list[Tensor]) -> 
     tile, parts = choice
     program, end = _program(problem), (problem.bits, problem.group_size, problem.width or 128)
     if problem.floats:
-        return launch_a16(x, weights, [], program, problem.shifted, *end, x.dtype, tile, parts)
+        book = NF4 if problem.codebook else None
+        return launch_a16(x, weights, [], program, problem.shifted, *end, x.dtype, tile, parts, book)
     scale = torch.ones(x.shape[0], 1, device=x.device)
     return launch_a8(x, scale, None, weights, [], program, *end, torch.bfloat16, tile, parts)
 

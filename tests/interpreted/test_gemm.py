@@ -118,6 +118,30 @@ def test_products_with_float_activations_are_those_of_the_decoded_weight(
     assert torch.equal(ours, gemm.reference_a16(x, plain, group, program, inputs))
 
 
+@given(
+    st.tuples(st.integers(1, 18), st.sampled_from([1, 31, 64]), st.integers(1, 150)),
+    st.sampled_from([(16, 16), (16, 64), (16, gemm.ONE_GROUP)]), st.sampled_from([1, 2]), st.sampled_from([1, 2]),
+    st.integers(0, 2**20),
+)  # fmt: skip
+def test_products_of_a_codebook_are_those_of_its_entries(shape, form, parts, products, seed):
+    (M, N, K), (width, group) = shape, form
+    group = gemm.ONE_GROUP if group > K else group
+    # Entries, activations and scales are few bits each: every product and sum is exact.
+    x, book = integers(-4, 5, M, K, seed=seed).half(), tuple(float(e) / 4 for e in integers(-64, 64, 16, seed=seed).tolist())
+    weights, plain = [], []
+    for i in range(products):
+        codes = integers(0, 16, N, K, seed=seed + i, dtype=torch.int16).to(torch.uint8)
+        scale = 2.0 ** integers(-2, 1, -(K // -group), N, seed=seed + 5 + i, dtype=torch.float32)
+        weights += [Codes(4, 16, False, book).pack(codes, width), scale]
+        plain.append((codes, scale, None))
+    program = "t0 = add(y0, y1)" if products == 2 else ""
+    tile = Tile(16, 32, 0, 4, 2, weight_left=True)
+    ours = gemm.launch_a16(x, weights, [], program, False, 4, group, width, torch.float16, tile, parts, book)
+    assert torch.equal(ours, gemm.reference_a16(x, plain, group, program, [], None, book))
+    named = gemm.a16_gemm(x, weights, [], program, False, 4, group, width, codebook=list(book))
+    assert torch.equal(ours, named)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_of_a_program_is_its_torch_meaning(op):
     q, w = torch.eye(16, dtype=torch.int8), torch.arange(-128, 128, dtype=torch.int8).view(16, 16).T.contiguous()
