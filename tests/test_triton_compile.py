@@ -20,10 +20,11 @@ QUICK = (
     "W4A8 g128, M = 1, dp4a", "W4A8 g128, M = 16", "W3A8 g128, M = 8", "W2A8, M = 16", "W4A16 g128, M = 16", "W8A16, M = 16",
     "W4A16 NF4 g64, M = 16",
 )  # fmt: skip
-# Instructions per weight that an H200 issues while its memory delivers one of so many bits (shared/kernels.md, 2.2).
-BUDGET = {8: 6.9, 4: 3.44, 3: 2.58, 2: 1.72}
 
-CODEBOOK = 4.9  # what an H100 can issue: an H200's memory is faster than 16 entries can be looked up
+
+def budget(on, bits):
+    """Instructions per weight that ``on`` can issue while its memory delivers one of so many bits."""
+    return 128 * on.processors * on.clock / on.bandwidth * bits / 8
 
 
 @pytest.mark.parametrize("on", DEVICES, ids=lambda on: f"sm_{on.capability}")
@@ -46,14 +47,17 @@ def test_a_kernel_compiles_to_what_its_tile_was_chosen_for(case, on):
     if "dp4a" in case.name:
         assert "IDP" in families and not {"IMMA", "IGMMA"} & families
         assert any(op.startswith("LDG.E.128") for op in seen.loop)
-        assert seen.per_weight(case.tokens) <= BUDGET[bits]
+        assert seen.per_weight(case.tokens) <= budget(on, bits)
         return
     assert {8: ("IGMMA", "IMMA"), 16: ("HGMMA", "HMMA")}[activations][on.capability < 90] in families
     assert any(re.match(r"LDGSTS.*\.128", op) for op in seen.loop)
     if case.tokens:  # packed, and the weight goes to the tensor cores without a stop in shared memory
         # Two stores are scales, in a tile where a thread does not load those that it needs.
         assert sum(n for op, n in seen.loop.items() if op.startswith("STS")) <= 2
-        assert seen.per_weight(case.tokens) <= (CODEBOOK if "NF4" in case.name else BUDGET[bits])
+        if "NF4" in case.name:  # 16 entries cost more than the memory of an A100 or H200 gives time for (docs/gpu.md)
+            assert seen.per_weight(case.tokens) * min(1, asked.choice.tile.bm / case.tokens) <= 6.6
+        else:
+            assert seen.per_weight(case.tokens) <= budget(on, bits)
         if on.capability >= 90:
             assert re.search(r"wgmma\.mma_async[^;]*?\{[^}]*\}, *\n?\s*\{", seen.ptx)
 

@@ -11,6 +11,7 @@ of their low bit, so that nothing straddles a byte. For 16-bit activations words
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -151,13 +152,22 @@ def widening(slice: int, slices: int, signed: bool, bf16: bool) -> str:
     return "{ .reg .b32 t; " + shift + " " + body + " }"
 
 
+def _bits(x: float, bf16: bool) -> int:
+    """The bits of ``x`` as a 16-bit float, rounded to nearest even; without tensors, which may be fake where this is called."""
+    if not bf16:
+        return int.from_bytes(struct.pack("<e", x), "little")
+    word = int.from_bytes(struct.pack("<f", x), "little")
+    return word + 0x7FFF + (word >> 16 & 1) >> 16
+
+
 def looking_up(codebook: tuple[float, ...], bf16: bool) -> str:
     """PTX that turns two int16 words of four codes into the entries of ``codebook``: slice j of both in $j, from $4.
 
     The bytes of 16 entries lie in eight registers. ``prmt`` picks a byte of eight for each of four codes: twice for low bytes,
-    twice for high ones, and lop3 0xd8, ``c ? b : a``, takes what the top bit of each code says. 27 instructions for 8 weights.
+    twice for high ones, and lop3 0xd8, ``c ? b : a``, takes what the top bit of each code says. 27 instructions for 8
+    weights, and 10 moves of table entries that the compiler adds.
     """
-    entries = torch.tensor(codebook, dtype=torch.bfloat16 if bf16 else torch.float16).view(torch.int16).tolist()
+    entries = [_bits(entry, bf16) for entry in codebook]
     octets = [[entry >> 8 * part & 0xFF for entry in entries] for part in (0, 1)]
     tables = [[f"0x{int.from_bytes(bytes(part[i : i + 4]), 'little'):08x}" for i in (0, 4, 8, 12)] for part in octets]
     text = ["and.b32 s, $4, 0x77777777;", "and.b32 m, $4, 0x88888888;", "shr.b32 m, m, 3;"]

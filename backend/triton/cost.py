@@ -83,7 +83,7 @@ def instructions(problem: Problem, tile: Tile, on: Device) -> float:
         if codes.container == 16 and codes.bits == 8:
             unpack *= 2 if problem.shifted else 1.7  # two logic operations and an addition
     if problem.codebook:
-        unpack = step.weights * 27 / 8
+        unpack = step.weights * 37 / 8
     scaling = 2 * step.sums * step.chunks
     if tile.bm in TOKENS:
         loads = step.word_registers / 4 + tile.bm * step.block / tile.bk
