@@ -23,6 +23,7 @@ FORMS = (
     dict(bits=8), dict(bits=8, words=False), dict(bits=4, width=128, group_size=128), dict(bits=3, width=64, group_size=128),
     dict(bits=2, width=128), dict(bits=4, floats=True, width=64, group_size=128), dict(bits=8, floats=True, width=64),
     dict(bits=4, floats=True, shifted=True, width=64, group_size=128),
+    dict(bits=4, floats=True, codebook=True, width=64, group_size=64),
 )  # fmt: skip
 
 

@@ -5,15 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from test_triton_tiles import FORMS
 from test_written import calls_of, reported
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxquant
 from fxquant import WarmupError
 from fxquant.backend.triton import launch, tables
 from fxquant.backend.triton.gpus import H200
+from fxquant.backend.triton.recording import launches
 from fxquant.backend.triton.tile import Problem
-from fxquant.backend.triton.tune import SHORTLIST, tune
+from fxquant.backend.triton.tune import SHORTLIST, call, operands, tune
 from fxquant.backend.tuning import problems_of, tune_model
 
 
@@ -161,6 +164,18 @@ def test_tuning_keeps_the_fastest_of_a_short_list_and_times_nothing_twice(folder
     assert found == {PROBLEM: (timed[-1], 10.0 - len(timed))}
     assert launch.chosen(PROBLEM, H200) == timed[-1]
     assert tune([PROBLEM], H200, timer) == {} and len(timed) == SHORTLIST
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("products", [1, 2])
+def test_what_is_timed_is_the_problem(form, products):
+    pytest.importorskip("triton")
+    problem = Problem(16, 256, 512, products=products, **{"group_size": 512, **form})
+    choices = launch.ranked(problem, H200)
+    with FakeTensorMode():
+        found = launches(lambda: [call(problem, choice, *operands(problem)) for choice in choices], H200)
+    assert len(found) == sum(1 + (choice.parts > 1) for choice in choices)
+    assert all(asked.arguments["M"] == 16 and asked.arguments["N"] == 256 for asked in found)
 
 
 def test_a_tile_that_does_not_run_is_passed_over(folder):

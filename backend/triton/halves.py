@@ -54,7 +54,8 @@ def halves_of(gm: fx.GraphModule, product: fx.Node, given: dict[str, Any]) -> Ha
     kinds = {kind_of(name) for name in Program.parse(given["program"]).operands}
     if cut is None or "full" in kinds or any("y1" in step.args for step in Program.parse(given["program"]).steps):
         return None
-    if shown is not product and any(size == -1 for size in shown.args[1][:-1] if isinstance(size, int)):  # type: ignore[index]
+    sizes: Any = () if shown is product else shown.args[1]  # of a view
+    if any(size == -1 for size in sizes[:-1] if isinstance(size, int)):
         return None
     return Halves(gm, product, given, shown, cut)
 
@@ -69,7 +70,7 @@ def _cut(node: fx.Node, width: int) -> list[fx.Node] | None:
     half, last, readers = width // 2, value(node).dim() - 1, _readers(node)
     if len(readers) == 1:
         (reader,), parts = readers, {}
-        args = (*reader.args, 0)[1:3]
+        args = [*reader.args, 0][1:3]
         said = {aten.chunk.default: 2, aten.split.Tensor: half, aten.split_with_sizes.default: [half, half]}
         if reader.target not in said or args[0] != said[reader.target] or args[1] not in (-1, last):
             return None
@@ -82,7 +83,8 @@ def _cut(node: fx.Node, width: int) -> list[fx.Node] | None:
     for reader in readers:
         if reader.target is not aten.slice.Tensor:
             return None
-        _, dim, start, end, step = (*reader.args, *(0, None, None, 1)[len(reader.args) - 1 :])
+        given: list[Any] = [*reader.args, *[0, None, None, 1][len(reader.args) - 1 :]]
+        dim, start, end, step = given[1:]
         start, end = start or 0, width if end is None else end
         if dim not in (-1, last) or step != 1 or not isinstance(start, int) or not isinstance(end, int):
             return None
@@ -120,7 +122,8 @@ def _shown(gm: fx.GraphModule, half: fx.Node, shown: fx.Node, product: fx.Node) 
     """``half`` in the shape that ``product`` had as ``shown``, but for the last axis."""
     if shown is product:
         return half
-    sizes = [*shown.args[1][:-1], value(half).shape[-1]]  # type: ignore[index]  # the sizes of a view
+    given: Any = shown.args[1]  # the sizes of a view
+    sizes = [*given[:-1], value(half).shape[-1]]
     with gm.graph.inserting_before(shown):
         view = gm.graph.call_function(aten.view.default, (half, sizes))
     with fake_mode_of(gm):
