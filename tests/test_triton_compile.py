@@ -1,6 +1,7 @@
 """Kernels compiled for GPUs that are not here: nothing spills, everything fits, the tensor cores run, loads are wide."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,9 +91,10 @@ def test_no_tile_that_may_be_chosen_spills_or_is_too_large(family, on, products)
     for M in (1, 16, 64, 4096):
         choices, _ = compiled(M, 0)
         for index, (tile, parts) in enumerate(choices):
-            if parts > 2 or (tile, parts > 1) in done:
+            same = (replace(tile, stages=0), parts > 1)  # stages come with the most first, and cost no registers
+            if parts > 2 or same in done:
                 continue
-            done.add((tile, parts > 1))
+            done.add(same)
             seen = inspect.compile_for(compiled(M, index)[1], on.capability)
             assert seen.stack == 0 and seen.spills == 0, (tile, parts)
             assert seen.shared <= on.shared, (tile, parts)

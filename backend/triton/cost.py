@@ -3,7 +3,7 @@
     time  =  the slowest of memory, L2 cache, instructions, products  +  a tenth of the others  +  what starts up
 
 A model to rank tiles by, and to say what is to be expected; nothing in it was fitted to a time, and no GPU has confirmed it.
-Instructions and registers are fitted to the machine code of ``inspect`` (tests/test_triton_cost.py holds them to it).
+Instructions and registers are fitted to the machine code of ``inspect`` (tests/test_triton_compile.py holds them to it).
 """
 
 from __future__ import annotations
