@@ -93,6 +93,13 @@ def test_one_token_is_multiplied_by_dp4a_where_rows_are_whole_words():
     assert not any(c.tile.bm < 8 for c in candidates(replace(one, tokens=8), A100))
 
 
+def test_a_tile_that_was_seen_to_spill_is_not_to_be_had():
+    pair = Problem(64, 4096, 4096, 4, width=128, group_size=128, products=2)
+    spills = (64, 64, 8)  # on an A100
+    assert spills not in [(c.tile.bm, c.tile.bn, c.tile.warps) for c in candidates(pair, A100)]
+    assert spills in [(c.tile.bm, c.tile.bn, c.tile.warps) for c in candidates(pair, H200)]
+
+
 def test_a_bucket_is_the_least_that_holds_the_tokens():
     assert [bucket(M) for M in (0, 1, 2, 3, 8, 9, 16, 17, 100, 2048, 2049, 10**6)] == [
         8,

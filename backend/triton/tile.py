@@ -140,7 +140,9 @@ def candidates(problem: Problem, on: Device) -> Iterator[Choice]:
         tiles = FEW_BITS if problem.width else EIGHT_BIT
     least = min(tile.bm for tile in tiles)
     for tile in tiles:
-        if problem.products * tile.bm * tile.bn > most * 32 * tile.warps:
+        # Before Hopper, warps beyond one for each 16 rows of packed weights hold the same ones again: half the sums.
+        twice = on.capability < 90 and problem.width and tile.warps > tile.bn // 16
+        if problem.products * tile.bm * tile.bn > (most // 2 if twice else most) * 32 * tile.warps:
             continue
         if tile.bm >= 2 * max(problem.tokens, least) or tile.stages * problem.shared(tile) > on.shared:
             continue
