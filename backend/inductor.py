@@ -8,6 +8,8 @@ from torch import fx
 
 from fxquant.graph.tidy import value
 
+from .triton import tables
+
 
 def compile_runtime(gm: fx.GraphModule, patches: dict[str, Any] | Literal[False]) -> Callable[..., Sequence[Any]]:
     """Compile the runtime graph for inference; takes its placeholders' values, returns the tuple of its outputs.
@@ -19,8 +21,10 @@ def compile_runtime(gm: fx.GraphModule, patches: dict[str, Any] | Literal[False]
         return gm
     from torch._inductor.compile_fx import compile_fx
 
+    # Kernels are generated while Inductor traces; what it keeps on disk is keyed by the graph, which does not show them.
+    tag = f"{torch.compiler.config.cache_key_tag} fxquant {tables.state()}"
     inputs = [value(node) for node in gm.graph.find_nodes(op="placeholder")]
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # of every config
         compiled = compile_fx(gm, inputs, config_patches=patches or None)
     assert callable(compiled)  # the file names that its type allows for are AOTInductor's
     return compiled

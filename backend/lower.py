@@ -13,12 +13,13 @@ from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
 from fxquant.graph.ops import fake_quantize, read_spec
 from fxquant.graph.rewrite import replace, splice
+from fxquant.graph.spelling import FAMILIES
 from fxquant.graph.tidy import operand, tidy, value
 from fxquant.patterns.annotate import SITE
 from fxquant.recipe import Spec
 
 from .kernels import packed_rows
-from .kernels.kernel import Claim, Kernel, Product
+from .kernels.kernel import SITES, Claim, Kernel, Product
 from .kernels.simulated import SimulatedLinear
 
 aten = torch.ops.aten
@@ -128,10 +129,18 @@ def _write(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prep
     memo = (kernel.name, "product", p.activation, p.weight_spec, epilogue, str(p.weight.shape), p.x.dtype, p.out_dtype)
     # Where the product stood, not where its activation did: the input may be written to between the two.
     result = splice(gm, node, lambda x, w, b: kernel.product(x, w, b, p), x, packed, o.bias, memo=memo)
+    _behind_views(result).meta[SITES] = (o.site,)
     last.replace_all_uses_with(result)
     gm.graph.erase_node(last)
     if last is not node:
         gm.graph.erase_node(node)
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    """What ``node`` shows in another shape."""
+    while FAMILIES.get(node.target) == "view":
+        node = operand(node, 0)
+    return node
 
 
 def _prologue(gm: fx.GraphModule, node: fx.Node, kernel: Kernel, o: _Operands, prepared: Prepared) -> tuple[fx.Node, ...]:

@@ -33,6 +33,7 @@ from .kernels.attention_cpu import lower_attention
 from .lower import Lowered, lower
 from .settings import Settings
 from .triton.fuse_epilogue import fuse_epilogues
+from .triton.written import written
 
 
 def compile_graph(gm: fx.GraphModule, settings: Settings) -> Callable[..., Any]:
@@ -70,6 +71,7 @@ def compile_captured(graph: fx.GraphModule, settings: Settings, differentiable: 
     lower_attention(graph, fuel)
     fuse_attention(graph, fuel)
     stages.show("lowered", tidy(views_that_may_copy(graph)))
+    generated = written(graph, {site.key: site.path for site in sites})
     folded = fold(graph)
     stages.show("folded", folded.runtime, f"{len(folded.units)} units of weights were split off")
     stages.tell(fuel)
@@ -78,7 +80,7 @@ def compile_captured(graph: fx.GraphModule, settings: Settings, differentiable: 
     listed = [_graph_site(site, kernels.get(site.key), recipe) for site in sites]
     for edges, reason in ((annotation.edges, ""), (annotation.open, NO_RANGE)):
         listed += [_graph_edge(edge, reads, reason) for edge in edges if edge.role != "input" and edge.names[0] in reads]
-    artifact = Artifact(recipe, tuple(listed), tuple(notes), sorted(reads.values()), plan)
+    artifact = Artifact(recipe, tuple(listed), tuple(notes), sorted(reads.values()), plan, generated)
     register(artifact)
     _warn_of_what_was_not_done(artifact)
     weights = FoldedWeights(folded.units, [i for site in sites for i in site.arguments], artifact.meet)

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxquant.backend.triton import gemm, row
+from fxquant.backend.triton import gemm, launch, row, tune
 from fxquant.backend.triton.codes import Codes
+from fxquant.backend.triton.cost import cost
+from fxquant.backend.triton.tile import Problem
 
 LAYERS = {"768 to 3072": (3072, 768), "4096 to 4096": (4096,) * 2, "4096 to 14336": (14336, 4096), "8192 to 8192": (8192,) * 2}
 COLD = 256 << 20  # bytes of operands that a timing walks through; the L2 of an H200 holds 50 MB
@@ -196,6 +198,27 @@ def time_rows() -> list[dict[str, Any]]:
     return found
 
 
+def time_tiles() -> list[dict[str, Any]]:
+    """How far the model of the cost is off: its ten best tiles of some products, as predicted and as they are."""
+    found = []
+    on = launch.device()
+    for form in (dict(bits=8), dict(bits=4, width=128, group_size=128), dict(bits=4, floats=True, width=64, group_size=128)):
+        for N, K in LAYERS.values():
+            for M in (1, 16, 64, 4096):
+                problem = Problem(M, N, K, **form)
+                times = {}
+                for choice in launch.ranked(problem, on)[:10]:
+                    try:
+                        times[choice] = tune.microseconds(problem, choice, on)
+                    except Exception as error:  # a tile that does not run is a finding too
+                        found.append({"problem": str(problem), "tile": str(choice), "failed": str(error)[:200]})
+                if times:
+                    first, best = next(iter(times)), min(times, key=lambda choice: times[choice])
+                    found.append({"problem": str(problem), "first": str(first), "predicted us": cost(problem, first, on).total,
+                                  "us": times[first], "fastest": str(best), "its us": times[best]})  # fmt: skip
+    return found
+
+
 def _linear(M: int, N: int, K: int) -> float:
     """Inductor's bfloat16 linear with bias, in microseconds."""
     bf16 = dict(device="cuda", dtype=torch.bfloat16)
@@ -272,7 +295,7 @@ def time_a16() -> list[dict[str, Any]]:
 
 
 SECTIONS: tuple[Callable[[], list[dict[str, Any]]], ...] = (
-    check_rows, check_a8, check_a16, check_compiled, time_rows, time_a8, time_a16,
+    check_rows, check_a8, check_a16, check_compiled, time_rows, time_a8, time_a16, time_tiles,
 )  # fmt: skip
 
 

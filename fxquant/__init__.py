@@ -1,7 +1,16 @@
 """Low-bit transformers inside PyTorch: ``model.compile(backend="outlierq")``, then ``fxquant.explain(model)``."""
 
 from .calibrate import calibrate
-from .errors import CalibrationError, CaptureError, FxquantError, GradientError, PlanError, RecipeError
+from .errors import (
+    CalibrationError,
+    CaptureError,
+    FxquantError,
+    GradientError,
+    PlanError,
+    RecipeError,
+    SiteError,
+    WarmupError,
+)
 from .examine import explain
 from .graph.fold import refresh
 from .numerics.affine import IntAffine
@@ -22,6 +31,7 @@ from .numerics.ranges import Dynamic, Given
 from .plan import Plan
 from .recipe import Override, Recipe, Spec
 from .report import Report
+from .warmup import Warmup, warmup
 
 __version__ = "0.1.0"
 
@@ -52,9 +62,13 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "SiteError",
     "Spec",
     "TokenWise",
+    "Warmup",
+    "WarmupError",
     "calibrate",
     "explain",
     "refresh",
+    "warmup",
 ]

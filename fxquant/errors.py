@@ -25,6 +25,14 @@ class GradientError(FxquantError, RuntimeError):
     """A gradient was asked of an inference recipe."""
 
 
+class SiteError(FxquantError, LookupError):
+    """A site is named that a model does not have, or that has not what was asked for."""
+
+
+class WarmupError(FxquantError, RuntimeError):
+    """A model cannot be warmed up as it is: not compiled, in training mode, or to be tuned without a GPU."""
+
+
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """A half sentence that names the closest of the known names: ``did you mean 'W8A8'? ...``.
 

@@ -9,11 +9,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .errors import SiteError, nearest
 from .graph.equivalence import Note
 from .page import Row, lines, page
 from .plan import Plan
@@ -47,6 +48,47 @@ class SiteReport:
         )  # fmt: skip
 
 
+class Written(Protocol):
+    """The generated kernels of one call in a compiled graph; ``sites`` are the weights of the sites that it is for."""
+
+    @property
+    def sites(self) -> tuple[str, ...]: ...
+
+    def texts(self, tokens: int | None = None) -> tuple[tuple[str, str], ...]: ...  # a line about each kernel, and its source
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The generated kernels of a model, in the order of its graphs; ``str`` prints the source of each, once.
+
+    ``calls`` holds, for each, the names of the sites that it is for. Sources are written when they are asked for.
+    """
+
+    calls: tuple[tuple[tuple[str, ...], Written], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def of(self, site: str, tokens: int | None = None) -> str:
+        """The sources of the kernels for the site, in the order in which they run; empty if it has none."""
+        texts = [text for sites, call in self.calls if site in sites for text in call.texts(tokens)]
+        return "\n\n".join(f"# {title}\n{source.rstrip()}" for title, source in texts)
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "no kernel of this model was generated: kernels for NVIDIA GPUs are, those for CPUs are not"
+        found: dict[tuple[str, str], list[str]] = {}
+        for sites, call in self.calls:
+            for text in call.texts():
+                found.setdefault(text, []).extend(sites)
+        out = []
+        for (title, source), named in found.items():
+            groups = _grouped(dict.fromkeys(named), lambda name: (_layers(name),))
+            names = ", ".join(_counted_name(name, group, group[0]) for (name,), group in groups)
+            out.append(f"# {title}\n# for {names}\n{source.rstrip()}")
+        return "\n\n\n".join(out)
+
+
 @dataclass(frozen=True)
 class Report:
     """What one model's compiled graphs do; ``str(report)`` is for reading, with equal layers on one line.
@@ -54,6 +96,7 @@ class Report:
     ``unmet`` names the weights (of two axes or more) that no compiled graph has met: their modules ran uncompiled, or not.
     ``measured`` are the sites as ``explain(model, data)`` found them on data.
     ``unused`` are the recipe's rules (of ignore, overrides and ranges) that name no site.
+    ``kernels`` are those that were generated for it, on an NVIDIA GPU: ``print(report.kernels)``, or ``source`` for one site.
     """
 
     recipe: str
@@ -64,6 +107,29 @@ class Report:
     unmet: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     measured: tuple[Row, ...] = ()
+    kernels: Kernels = field(default=Kernels(), compare=False, repr=False)
+
+    def source(self, site: str, tokens: int | None = None) -> str:
+        """The source of the kernels generated for ``site``: what quantizes its input, and the product with what follows it.
+
+        ``tokens``: rows of the input, because the kernel depends on how many they are; None for those it was compiled for.
+
+        >>> print(fxquant.explain(model).source("model.layers.0.mlp.up_proj"))       # doctest: +SKIP
+
+        Raises SiteError for a name that is no site, or a site that has no generated kernel; the message says why.
+        """
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            raise SiteError(f"tokens is {tokens!r}; how many rows the input has, 1 or more, is needed, or None")
+        named = {name: s for s in self.sites for name in (s.name, s.name.removesuffix(".weight"))}
+        if site not in named:
+            known = [s.name for s in self.sites]
+            raise SiteError(f"there is no site {site!r}; " + (nearest(site, known) if known else self.note or "no site at all"))
+        found = named[site]
+        if text := self.kernels.of(found.name, tokens):
+            return text
+        if found.status != "quantized":
+            raise SiteError(f"site {found.name!r} stays in floating point ({found.reason}), so no kernel was generated for it")
+        raise SiteError(f"site {found.name!r} runs {found.kernel!r}, which is not generated; kernels for NVIDIA GPUs are")
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one page that needs nothing else: every site, worst first, with what was measured of it."""
@@ -186,6 +252,7 @@ class Artifact:
     transforms: tuple[Note, ...]
     reads: Sequence[int]
     plan: Plan | None = None
+    written: Sequence[Written] = ()
     met: dict[tuple[int, ...], dict[int, "weakref.ref[Tensor]"]] = field(default_factory=dict)
     number: int = field(default_factory=itertools.count().__next__)
 
@@ -237,6 +304,7 @@ def report_on(model: nn.Module) -> Report:
     rules = {rule for artifact in alive for rule in rules_of(artifact.recipe)}
     used = {rule for artifact in alive for site in artifact.sites for rule in site.named_by}
     met = {id(t) for artifact in alive for args in artifact.parameters() for t in args.values()}
+    kernels = tuple(_kernels(sites, names))
     unmet = tuple(name for name, t in tensors if isinstance(t, nn.Parameter) and t.ndim > 1 and id(t) not in met)
     return Report(
         recipe=" and ".join(dict.fromkeys(artifact.recipe.name for artifact in alive)),
@@ -245,7 +313,22 @@ def report_on(model: nn.Module) -> Report:
         transforms=tuple(dict.fromkeys(note for artifact in alive for note in artifact.transforms)),
         unmet=unmet,
         unused=tuple(sorted(rules - used)),
+        kernels=Kernels(kernels),
     )
+
+
+def _kernels(
+    sites: Mapping[tuple[str, str], tuple[Artifact, SiteReport]], names: Mapping[int, str]
+) -> Iterator[tuple[tuple[str, ...], Written]]:
+    """Each generated call of the artifacts that ``sites`` come from, with the names of those sites that it is for."""
+    for artifact in sorted({artifact for artifact, _ in sites.values()}, key=lambda artifact: artifact.number):
+        mine = {name for (name, _), (other, _) in sites.items() if other is artifact}
+        for args in artifact.parameters():
+            named = {site.path: names.get(id(args[site.argument]), "") for site in artifact.sites}
+            for call in artifact.written:
+                read = tuple(named[path] for path in call.sites if named.get(path) in mine)
+                if read:
+                    yield read, call
 
 
 def artifacts_of(model: nn.Module) -> list[Artifact]:

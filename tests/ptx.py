@@ -68,7 +68,13 @@ OPS: dict[str, Callable[..., int]] = {
 
 def run(text: str, *inputs: int) -> int:
     """What ``text`` leaves in $0, given registers $1, $2, ...; a register is read only after it was declared and written."""
-    registers, declared = {f"${i}": word for i, word in enumerate(inputs, 1)}, {"$0"}
+    return run_all(text, 1, *inputs)[0]
+
+
+def run_all(text: str, outputs: int, *inputs: int) -> list[int]:
+    """What ``text`` leaves in its first ``outputs`` registers, given those after them."""
+    registers, results = {f"${i}": word for i, word in enumerate(inputs, outputs)}, [f"${i}" for i in range(outputs)]
+    declared = set(results)
 
     def value(name: str) -> int:
         return int(name, 0) & WORD if name[0].isdigit() else registers[name]
@@ -82,6 +88,6 @@ def run(text: str, *inputs: int) -> int:
             declared |= {first, *arguments[1:]}
         elif op:
             assert op in OPS, f"the emulator does not know {op!r}"
-            assert arguments[0] in declared and re.fullmatch(r"\$0|[a-z]\w*", arguments[0]), statement
+            assert arguments[0] in declared and re.fullmatch(r"\$\d|[a-z]\w*", arguments[0]), statement
             registers[arguments[0]] = OPS[op](*map(value, arguments[1:]))
-    return registers["$0"]
+    return [registers[name] for name in results]

@@ -14,8 +14,9 @@ from torch import Tensor, fx
 from fxquant.backend.kernels import KERNELS
 from fxquant.backend.lower import lower
 from fxquant.backend.triton import launch
-from fxquant.backend.triton.fuse_epilogue import BINARY, UNARY, arguments, fuse_epilogues
+from fxquant.backend.triton.fuse_epilogue import BINARY, PRODUCTS, UNARY, arguments, fuse_epilogues
 from fxquant.backend.triton.program import OPS, Program
+from fxquant.graph.fold import fold
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.spelling import FAMILIES
 
@@ -81,6 +82,21 @@ def clamped(x, WQ):
     return F.linear(x, WQ).clamp(-0.5, 0.25).neg()
 
 
+def gate_of_halves(x, WU):
+    gate, up = F.linear(x, WU).chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def gate_of_slices_with_bias(x, WU, BU):
+    y = F.linear(x, WU, BU)
+    return y[..., D:] * F.gelu(y[..., :D])
+
+
+def gate_of_a_split(x, WU):
+    value, gate = torch.split(F.linear(x, WU), D, dim=-1)
+    return x + value * torch.sigmoid(gate)
+
+
 FUSES = {
     square_and_divide: ["t0 = square(y0); t1 = div(t0, 3.0)"],
     residual_of_another_lead: ["t0 = add(y0, column0); t1 = mul(t0, 0.5); t2 = relu(t1); t3 = add(full1, t2)"],
@@ -93,6 +109,9 @@ FUSES = {
     gate_with_biases: ["t0 = add(y0, column0); t1 = relu(t0); t2 = add(y1, column0); t3 = mul(t1, t2)"],
     sum_scaled: ["t0 = mul(y0, 0.25); t1 = add(full0, t0)"],
     clamped: ["t0 = maximum(y0, -0.5); t1 = minimum(t0, 0.25); t2 = neg(t1)"],
+    gate_of_halves: ["t0 = silu(y0); t1 = mul(t0, y1)"],
+    gate_of_slices_with_bias: ["t0 = add(y0, column0); t1 = gelu(t0); t2 = add(y1, column1); t3 = mul(t2, t1)"],
+    gate_of_a_split: ["t0 = sigmoid(y1); t1 = mul(y0, t0); t2 = add(full0, t1)"],
 }
 
 
@@ -141,6 +160,32 @@ def gate_that_others_read(x, WG, WU):
     return g * F.linear(x, WU), g
 
 
+def halves_that_stay_apart(x, WU):
+    a, b = F.linear(x, WU).chunk(2, -1)
+    return F.silu(a), b
+
+
+def halves_read_whole_too(x, WU):
+    y = F.linear(x, WU)
+    a, b = y.chunk(2, -1)
+    return F.silu(a) * b, y
+
+
+def unequal_parts(x, WU):
+    a, b = torch.split(F.linear(x, WU), [100, 156], dim=-1)
+    return F.silu(a), b
+
+
+def every_other(x, WU):
+    y = F.linear(x, WU)
+    return F.silu(y[..., ::2]) * y[..., 1::2]
+
+
+def one_half_twice(x, WU):
+    y = F.linear(x, WU)
+    return F.silu(y[..., :D]) * y[..., :D]
+
+
 def grows_the_batch(x, BO, WQ):
     return F.linear(x[:1], WQ) + x
 
@@ -151,12 +196,17 @@ STAYS = {
     broadcast_in_the_middle: [""],
     pair_of_other_activations: ["", "t0 = silu(y0); t1 = mul(t0, full0)"],
     gate_that_others_read: ["t0 = silu(y0)", "t0 = mul(full0, y0)"],
+    halves_that_stay_apart: [""],
+    halves_read_whole_too: [""],
+    unequal_parts: [""],
+    every_other: [""],
+    one_half_twice: [""],
     grows_the_batch: [""],
 }
 
 
 def test_what_is_not_pointwise_or_is_read_elsewhere_stays() -> None:
-    def blocks(x, WQ, BO, WG, WU):
+    def blocks(x, WQ, BO, WG, WU, BU):
         given = locals()
         return tuple(f(*(given[name] for name in inspect.signature(f).parameters)) for f in STAYS)
 
@@ -221,3 +271,30 @@ def test_fuel_stops_the_growth_of_products() -> None:
     fuse_epilogues(gm, fuel)
     assert len(fuel.log) == 1
     assert sorted(programs(gm)) == ["", "t0 = silu(y0)"]
+
+
+@pytest.mark.parametrize("recipe", ["W3A8", "ternary", "W4A16", "W8A16"])
+def test_halves_of_packed_weights_are_cut_with_their_scales(recipe: str) -> None:
+    def block(x, WU):
+        gate, up = F.linear(x, WU).chunk(2, -1)
+        return F.silu(gate) * up
+
+    gm = quantized(block, "cpu", torch.float16 if recipe.endswith("16") else torch.float32, recipe)
+    with patch.object(launch, "why_not", lambda where: ""):
+        lower(gm, KERNELS, Fuel())
+    values = data(gm)
+    before = run(gm, values)
+    fuse_epilogues(gm, Fuel())
+    gm.graph.lint()
+    (product,) = [node for node in gm.graph.nodes if node.target in PRODUCTS]
+    assert len(arguments(product)["weights"]) in (4, 6) and not ops(gm)["chunk"]
+    assert distance(before, run(gm, values)) < (2e-3 if recipe.endswith("16") else 1e-6)
+    assert not {"narrow", "slice", "clone"} & set(ops(fold(gm).runtime))  # cut once, with the weights
+
+
+def test_without_fuel_halves_stay_one_product() -> None:
+    gm = lowered(gate_of_halves)
+    before = gm.code
+    assert fuse_epilogues(gm, Fuel(0)) == []
+    gm.recompile()
+    assert gm.code == before

@@ -82,7 +82,7 @@ def test_a_wheel_holds_every_source_and_nothing_at_the_top_level(tmp_path: Path)
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"fxquant/py.typed"}
     for name, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items():
-        files = [f for suffix in ("*.py", "*.cpp", "*.h") for f in (ROOT / folder).rglob(suffix)]
+        files = [f for suffix in ("*.py", "*.cpp", "*.h", "tiles-*.json") for f in (ROOT / folder).rglob(suffix)]
         expected |= {str(Path(*name.split("."), f.relative_to(ROOT / folder))) for f in files}
     assert names == expected
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.backend.triton.codes import Codes, lifting, widening
+from fxquant.backend.triton.codes import NF4, Codes, lifting, looking_up, widening
 
 WORDS = st.integers(0, 2**32 - 1)
 
@@ -48,6 +48,34 @@ def test_the_assembly_that_widens_codes_gives_each_code_and_its_offset(words, sl
         for word, value in zip(words, ptx.floats(out, dtype).tolist(), strict=True):
             code = word >> bits * j & (1 << bits) - 1
             assert value == (ptx.signed(code, bits) if is_signed else code) + offset
+
+
+BOOKS = {"NF4": NF4, "squares": tuple(float(i * i) for i in range(16)), "signs": tuple((-1.5) ** i for i in range(16))}
+
+
+@given(st.lists(st.integers(0, 0xFFFF), min_size=2, max_size=2), st.sampled_from(sorted(BOOKS)), st.booleans())
+def test_the_assembly_that_looks_codes_up_gives_the_entry_of_each(words, name, bf16):
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    entries = torch.tensor(BOOKS[name]).to(dtype).double()
+    outputs = ptx.run_all(looking_up(BOOKS[name], bf16), 4, words[0] | words[1] << 16)
+    for j, out in enumerate(outputs):
+        codes = [word >> 4 * j & 15 for word in words]
+        assert torch.equal(ptx.floats(out, dtype), entries[codes])
+
+
+def test_every_code_is_looked_up_in_every_place():
+    for code in range(16):
+        outputs = ptx.run_all(looking_up(NF4, True), 4, code * 0x11111111)
+        assert all(ptx.floats(out, torch.bfloat16).unique() == torch.tensor(NF4[code]).bfloat16() for out in outputs)
+
+
+def test_normal_float_is_what_its_paper_defines():
+    """Quantiles of a normal distribution, eight of each sign's side sharing the zero, scaled so that the last is one."""
+    normal, offset = torch.distributions.Normal(0.0, 1.0), 0.9677083
+    above = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64))[:-1]
+    below = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64))[:-1]
+    levels = torch.cat([above, below, torch.zeros(1)]).sort().values
+    torch.testing.assert_close(torch.tensor(NF4).double(), levels / levels.abs().max(), rtol=0, atol=1e-6)
 
 
 @given(st.sampled_from([2, 3, 4]), st.integers(0, 2**32))

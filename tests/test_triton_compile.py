@@ -1,24 +1,31 @@
 """Kernels compiled for GPUs that are not here: nothing spills, everything fits, the tensor cores run, loads are wide."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from fxquant.backend.triton import inspect, launch
-from fxquant.backend.triton.inspect import CASES
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-DEVICES = [on for on in launch.KNOWN if on.capability != 86]
+from fxquant.backend.triton import inspect
+from fxquant.backend.triton.cost import instructions, registers
+from fxquant.backend.triton.gpus import COMPILED as DEVICES
+from fxquant.backend.triton.inspect import CASES
+from fxquant.backend.triton.tile import candidates
+
 QUICK = (
-    "residual + LayerNorm + quantize, 4096", "W8A8, M = 4096, gated pair", "W8A8, M = 16, split K",
+    "residual + LayerNorm + quantize, 4096", "W8A8, M = 4096, gated pair", "W8A8, M = 16",
     "W4A8 g128, M = 1, dp4a", "W4A8 g128, M = 16", "W3A8 g128, M = 8", "W2A8, M = 16", "W4A16 g128, M = 16", "W8A16, M = 16",
+    "W4A16 NF4 g64, M = 16",
 )  # fmt: skip
-# Instructions per weight that an H200 issues while its memory delivers one of so many bits (shared/kernels.md, 2.2).
-BUDGET = {8: 6.9, 4: 3.44, 3: 2.58, 2: 1.72}
+
+
+def budget(on, bits):
+    """Instructions per weight that ``on`` can issue while its memory delivers one of so many bits."""
+    return 128 * on.processors * on.clock / on.bandwidth * bits / 8
 
 
 @pytest.mark.parametrize("on", DEVICES, ids=lambda on: f"sm_{on.capability}")
@@ -34,33 +41,64 @@ def test_a_kernel_compiles_to_what_its_tile_was_chosen_for(case, on):
         assert any(op.startswith("LDG.E.128") for op in seen.opcodes)
         assert not any(op.startswith(("LDG.E.U8", "LDG.E.U16", "STG.E.U8", "STG.E.U16")) for op in seen.opcodes)
         return
+    (asked, *_) = case.asked(on)
+    assert 0.7 < instructions(asked.problem, asked.choice.tile, on) / seen.loop.total() < 1.3
+    assert 0.6 < registers(asked.problem, asked.choice.tile, on) / seen.registers < 1.6
     bits, activations = map(int, re.match(r"W(\d+)A(\d+)", case.name).groups())
     if "dp4a" in case.name:
         assert "IDP" in families and not {"IMMA", "IGMMA"} & families
         assert any(op.startswith("LDG.E.128") for op in seen.loop)
-        assert seen.per_weight(case.tokens) <= BUDGET[bits]
+        assert seen.per_weight(case.tokens) <= budget(on, bits)
         return
     assert {8: ("IGMMA", "IMMA"), 16: ("HGMMA", "HMMA")}[activations][on.capability < 90] in families
     assert any(re.match(r"LDGSTS.*\.128", op) for op in seen.loop)
     if case.tokens:  # packed, and the weight goes to the tensor cores without a stop in shared memory
-        assert "STS" not in families
-        assert seen.per_weight(case.tokens) <= BUDGET[bits]
+        # Two stores are scales, in a tile where a thread does not load those that it needs.
+        assert sum(n for op, n in seen.loop.items() if op.startswith("STS")) <= 2
+        if "NF4" in case.name:  # 16 entries cost more than the memory of an A100 or H200 gives time for (docs/gpu.md)
+            assert seen.per_weight(case.tokens) * min(1, asked.choice.tile.bm / case.tokens) <= 6.6
+        else:
+            assert seen.per_weight(case.tokens) <= budget(on, bits)
         if on.capability >= 90:
             assert re.search(r"wgmma\.mma_async[^;]*?\{[^}]*\}, *\n?\s*\{", seen.ptx)
 
 
-def test_the_number_of_stages_is_cut_to_what_shared_memory_holds():
-    small = launch.Device(89, 128, 101376)
-    tile = launch.a16_tile(32, 4, 128, 1, small)
-    assert tile.stages == 2 and tile.stages * (64 + 4 * 32) * 128 * 2 <= small.shared
+FAMILIES = {
+    "W8A8": lambda M, products: inspect.a8_case(M, program=PROGRAMS[products], products=products),
+    "W4A8 g128": lambda M, products: inspect.a8_case(M, 4, 128, PROGRAMS[products], products),
+    "W2A8": lambda M, products: inspect.a8_case(M, 2, program=PROGRAMS[products], products=products),
+    "W4A16 g128": lambda M, products: inspect.a16_case(M, 4, True, program=PROGRAMS[products], products=products),
+}
+PROGRAMS = {1: inspect.RESIDUAL, 2: inspect.GATED}
 
 
-@given(st.integers(1, 20000), st.integers(1, 512), st.sampled_from([1, 8, 16]), st.sampled_from(DEVICES))
-def test_a_split_of_k_is_a_power_of_two_that_leaves_two_steps_to_each_part(N, steps, M, on):
-    parts = launch.parts(N, steps, launch.a8_tile(M, 8, 128, 1, on), on)
-    assert parts & (parts - 1) == 0
-    assert parts == 1 or steps >= 2 * parts
-    assert launch.parts(N, steps, launch.a8_tile(4096, 8, 128, 1, on), on) == 1
+@pytest.mark.slow
+@pytest.mark.parametrize("products", [1, 2])
+@pytest.mark.parametrize("on", DEVICES, ids=lambda on: f"sm_{on.capability}")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tile_that_may_be_chosen_spills_or_is_too_large(family, on, products):
+    def compiled(M, index):
+        def choose(problem, on):
+            seen.append(list(candidates(problem, on)))
+            return seen[-1][index]
+
+        seen = []
+        with FakeTensorMode():
+            asked, *_ = inspect.launches(FAMILIES[family](M, products), on, choose)
+        return seen[-1], asked
+
+    done = set()
+    for M in (1, 16, 64, 4096):
+        choices, _ = compiled(M, 0)
+        for index, (tile, parts) in enumerate(choices):
+            same = (replace(tile, stages=0), parts > 1)  # stages come with the most first, and cost no registers
+            if parts > 2 or same in done:
+                continue
+            done.add(same)
+            seen = inspect.compile_for(compiled(M, index)[1], on.capability)
+            assert seen.stack == 0 and seen.spills == 0, (tile, parts)
+            assert seen.shared <= on.shared, (tile, parts)
+    assert len(done) > 4
 
 
 class Driver:
@@ -79,7 +117,6 @@ def test_inductor_is_shown_the_kernels_and_what_they_write(monkeypatch):
     import triton
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._guards import TracingContext, tracing
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def block(x, weight, q_w, scale_w, sums, packed, scale):
@@ -98,24 +135,23 @@ def test_inductor_is_shown_the_kernels_and_what_they_write(monkeypatch):
     with FakeTensorMode() as fake:
         bf16 = dict(device="cuda", dtype=torch.bfloat16)
         inputs = (
-            torch.empty(8, 512, **bf16), torch.empty(512, **bf16),
-            torch.empty(96, 512, device="cuda", dtype=torch.int8), torch.empty(96, device="cuda"),
+            torch.empty(8, 4096, **bf16), torch.empty(4096, **bf16),
+            torch.empty(96, 4096, device="cuda", dtype=torch.int8), torch.empty(96, device="cuda"),
             torch.empty(96, device="cuda", dtype=torch.int32),
-            torch.empty(96, 128, device="cuda", dtype=torch.int16), torch.empty(4, 96, device="cuda"),
+            torch.empty(96, 1024, device="cuda", dtype=torch.int16), torch.empty(32, 96, device="cuda"),
         )  # fmt: skip
         gm = make_fx(block, tracing_mode="fake")(*inputs)
     with tracing(TracingContext(fake)):
         aot_module_simplified(gm, inputs, fw_compiler=compiler, inference_compiler=compiler)
     wrapped = [n for n in graphs[0].graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
     assert [n.kwargs["tensors_to_clone"] for n in wrapped] == [
-        ["q", "scale", "zero_point", "total"], ["out"], ["out"], ["out"],  # the int8 product of so few outputs splits K
+        ["q", "scale", "zero_point", "total"], *[["out"]] * 4,  # products of so few outputs split K, and have a sum each
     ]  # fmt: skip
 
 
 def test_a_launch_is_recorded_with_every_argument_of_its_kernel():
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        found = inspect.launches(inspect.a8_case(16), launch.KNOWN[-1])
+        found = inspect.launches(inspect.a8_case(16, N=1024), DEVICES[-1])
     assert [sorted(one.arguments) == sorted(one.kernel.arg_names) for one in found] == [True, True]
     assert found[0].grid[1] == found[1].arguments["PARTS"] > 1

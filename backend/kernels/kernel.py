@@ -9,6 +9,8 @@ from torch import Tensor
 from fxquant.graph.match import Miss
 from fxquant.recipe import Spec
 
+SITES = "fxquant_sites"  # the keys of the sites that a kernel's node computes, in its meta
+
 
 @dataclass(frozen=True)
 class Claim:

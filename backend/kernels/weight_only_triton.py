@@ -16,11 +16,16 @@ from .kernel import Claim, Product, misfit
 
 # What the kernels were compiled and looked at for: bits and granularity of the weight.
 FORMS = ((4, PerGroup(128)), (8, PerChannel(0)))
+BOOKS = (PerGroup(64), PerGroup(128), PerChannel(0))
 WIDTH = 64  # of a slice: with 4 bits, a group is two slices and a block two groups
 
 
 class WeightOnlyTritonLinear:
-    """Weights of 4 bits in groups of 128 or of 8 bits per channel, either symmetric or not; 16-bit floats as activations."""
+    """Weights of 4 bits in groups of 128 or of 8 bits per channel, either symmetric or not; 16-bit floats as activations.
+
+    And any format that has a ``codebook``, a tuple of 16 numbers of which its codes (uint8) are places: a weight is
+    ``scale codebook[code]``.
+    """
 
     name = "weight-only Triton (fused epilogue)"
     epilogues = ()  # triton/fuse_epilogue.py takes whatever is pointwise
@@ -35,7 +40,11 @@ class WeightOnlyTritonLinear:
             return Miss(f"activations have dtype {product.x.dtype}; bfloat16 or float16 is needed")
         if product.out_dtype != product.x.dtype:
             return Miss(f"activations are {product.x.dtype} and the result is {product.out_dtype}; one dtype is needed")
-        if w is None or not isinstance(w.format, IntAffine) or (w.format.bits, w.granularity) not in FORMS:
+        book = codebook_of(w)
+        if w is not None and book:
+            if len(book) != 16 or w.format.bits != 4 or w.granularity not in BOOKS:
+                return Miss(f"weights are {w.brief}; a codebook of 16 entries per group of 64, 128 or all is needed")
+        elif w is None or not isinstance(w.format, IntAffine) or (w.format.bits, w.granularity) not in FORMS:
             return Miss(f"weights are {w and w.brief}; 4 bits per group of 128, or 8 bits per channel, are needed")
         if reason := misfit(product):
             return Miss(reason)
@@ -47,7 +56,7 @@ class WeightOnlyTritonLinear:
         codes = spec.encode(weight, qparams)
         turned = [t.reshape(weight.shape[0], -1).t() for t in qparams if t is not None]
         blocks = [t.clone(memory_format=torch.contiguous_format) for t in turned]
-        words = Codes(spec.format.bits, 16, len(blocks) == 1).pack(codes, WIDTH)
+        words = Codes(spec.format.bits, 16, len(blocks) == 1 and not codebook_of(spec)).pack(codes, WIDTH)
         return words, blocks[0].to(torch.float32), *blocks[1:]
 
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
@@ -58,5 +67,11 @@ class WeightOnlyTritonLinear:
         assert spec is not None
         size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else ONE_GROUP
         rows, bits = x.reshape(-1, x.shape[-1]), spec.format.bits
-        y: Tensor = a16_gemm(rows, list(packed), *end(bias), len(packed) == 3, bits, size, WIDTH)
+        book = list(codebook_of(spec)) or None
+        y: Tensor = a16_gemm(rows, list(packed), *end(bias), len(packed) == 3, bits, size, WIDTH, codebook=book)
         return y.view(*x.shape[:-1], packed[0].shape[0])
+
+
+def codebook_of(spec: Spec | None) -> tuple[float, ...]:
+    """What the codes of ``spec`` mean, if its format lists that; else nothing."""
+    return tuple(getattr(spec.format, "codebook", ())) if spec is not None else ()

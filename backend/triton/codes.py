@@ -6,11 +6,12 @@ turn a whole register of words into operands, in the order in which the slice me
 For 8-bit activations words are bytes, and a code ends at the top of its byte, as ``code << 8 - bits``: signed codes need no
 sign extension, and the product is a power of two too large. Codes of 3 bits lie in two *planes*, of their high two bits and
 of their low bit, so that nothing straddles a byte. For 16-bit activations words are int16 and codes arrive as floats
-``offset + code``; see ``widening``.
+``offset + code``, see ``widening``, or as entries of a codebook, see ``looking_up``.
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +23,27 @@ from fxquant.numerics.packing import pack_slices, unpack_slices
 OFFSET = {torch.bfloat16: 128, torch.float16: 1024}
 """The power of two whose last mantissa bits hold a four-bit code."""
 
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The 16 values of NormalFloat (QLoRA, arXiv 2305.14314, appendix E): a code is a place in this list."""
+
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes of ``bits`` bits in words of ``container`` bits (8 for int8 activations, 16 for float ones)."""
+    """Codes of ``bits`` bits in words of ``container`` bits (8 for int8 activations, 16 for float ones).
+
+    ``codebook``: what each of 16 codes means, for 16-bit activations; without one a code means itself.
+    """
 
     bits: int
     container: int = 8
     signed: bool = True
+    codebook: tuple[float, ...] = ()
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -102,6 +114,8 @@ class Codes:
 
     def offset(self, dtype: torch.dtype) -> int:
         """What ``widening`` adds to a code."""
+        if self.codebook:
+            return 0
         return {4: OFFSET[dtype] + (8 if self.signed else 0), 8: 0 if self.signed else -128}[self.bits]
 
 
@@ -136,3 +150,34 @@ def widening(slice: int, slices: int, signed: bool, bf16: bool) -> str:
         biased = f"lop3.b32 a, t, 0x00ff00ff, 0x{'64806480' if signed else '64006400'}, 0x6a;"
         body = f".reg .b32 a, b; {biased} mov.b32 b, 0xe480e480; add.rn.f16x2 $0, a, b;"
     return "{ .reg .b32 t; " + shift + " " + body + " }"
+
+
+def _bits(x: float, bf16: bool) -> int:
+    """The bits of ``x`` as a 16-bit float, rounded to nearest even; without tensors, which may be fake where this is called."""
+    if not bf16:
+        return int.from_bytes(struct.pack("<e", x), "little")
+    word = int.from_bytes(struct.pack("<f", x), "little")
+    return word + 0x7FFF + (word >> 16 & 1) >> 16
+
+
+def looking_up(codebook: tuple[float, ...], bf16: bool) -> str:
+    """PTX that turns two int16 words of four codes into the entries of ``codebook``: slice j of both in $j, from $4.
+
+    The bytes of 16 entries lie in eight registers. ``prmt`` picks a byte of eight for each of four codes: twice for low bytes,
+    twice for high ones, and lop3 0xd8, ``c ? b : a``, takes what the top bit of each code says. 27 instructions for 8
+    weights, and 10 moves of table entries that the compiler adds.
+    """
+    entries = [_bits(entry, bf16) for entry in codebook]
+    octets = [[entry >> 8 * part & 0xFF for entry in entries] for part in (0, 1)]
+    tables = [[f"0x{int.from_bytes(bytes(part[i : i + 4]), 'little'):08x}" for i in (0, 4, 8, 12)] for part in octets]
+    text = ["and.b32 s, $4, 0x77777777;", "and.b32 m, $4, 0x88888888;", "shr.b32 m, m, 3;"]
+    for first, second in ("ab", "cd"):  # of one word: slices 0 and 1, 2 and 3
+        text.append("prmt.b32 v, 0x0000ff00, 0, m;")
+        for to, table in zip(("l", "h"), tables, strict=True):
+            text += [f"prmt.b32 t, {table[0]}, {table[1]}, s;", f"prmt.b32 u, {table[2]}, {table[3]}, s;"]
+            text.append(f"lop3.b32 {to}, t, u, v, 0xd8;")
+        text += [f"prmt.b32 {first}, l, h, 0x5140;", f"prmt.b32 {second}, l, h, 0x7362;"]
+        if first == "a":
+            text += ["shr.b32 s, s, 16;", "shr.b32 m, m, 16;"]
+    text += [f"prmt.b32 ${j}, {'aabb'[j]}, {'ccdd'[j]}, {'0x7632' if j % 2 else '0x5410'};" for j in range(4)]
+    return "{ .reg .b32 s, m, t, u, v, l, h, a, b, c, d; " + " ".join(text) + " }"

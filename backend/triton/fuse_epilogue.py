@@ -17,7 +17,9 @@ from fxquant.graph.spelling import CASTS, FAMILIES
 from fxquant.graph.tidy import value
 from fxquant.patterns.linear import same_sizes
 
+from ..kernels.kernel import SITES
 from . import gemm  # noqa: F401  (defines the ops)
+from .halves import halves_of
 from .program import Program, Step, kind_of, number_of
 
 aten = torch.ops.aten
@@ -69,18 +71,28 @@ def spelled(node: fx.Node) -> Spelled | None:
 def fuse_epilogues(gm: fx.GraphModule, fuel: Fuel) -> list[str]:
     """Grow every product over what is pointwise behind it, in place; returns the programs that were written.
 
-    A product reaches as far as one value leaves the region; a second product of the same activations joins as its gated half.
+    A product reaches as far as one value leaves the region; a second product of the same activations joins as its gated half,
+    and one whose result is cut in halves that meet again is two (``halves.py``).
     A graph without products for a GPU, as every graph on a CPU is, stays as it is.
     """
     written = []
     for product in [node for node in gm.graph.nodes if node.target in PRODUCTS]:
         if product._erased:
             continue
-        region = grown(product)
-        if region is not None and fuel.take(f"fuse {region.result.name} with {product.name}"):
+        halves = halves_of(gm, product, arguments(product))
+        region = grown(halves.products[0] if halves else product)
+        if halves and (region is None or len(region.products) < 2):  # two products that stay two read the activations twice
+            halves.undo()
+            halves, region = None, grown(product)
+        if region is None:
+            continue
+        if fuel.take(f"fuse {region.result.name} with {product.name}"):
             _write(gm, region)
             written.append(str(Program(tuple(region.steps))))
+        elif halves:
+            halves.undo()
     if written:
+        gm.graph.eliminate_dead_code()  # what cut the halves
         gm.recompile()
     return written
 
@@ -284,6 +296,7 @@ def _write(gm: fx.GraphModule, region: Region) -> None:
         return y
 
     new = splice(gm, result, fused, leading, weights, [node for node, _ in region.operands])
+    new.meta[SITES] = tuple(dict.fromkeys(site for node in region.products for site in node.meta.get(SITES, ())))
     if not same_sizes(value(new).shape, value(result).shape):
         view = region.view_like(value(result).shape)
         assert view is not None

@@ -20,10 +20,11 @@ from torch import Tensor
 from . import launch
 from .codes import OFFSET, Codes
 from .gemv import TOKENS, whole_words, write_gemv
-from .language import INTERPRETED, ceil_div, define, launches, require, rows, wrap_triton
+from .language import INTERPRETED, ceil_div, define, launcher, launches, require, rows
 from .program import Program, evaluate, kind_of, number_of
 from .refuse import check_a8, check_a16, check_end
 from .source import Form, kernel, write, write_sum
+from .tile import Problem, Tile, bucket
 
 ONE_GROUP = 1 << 30  # a group of K or more: one scale per output
 
@@ -57,9 +58,16 @@ def reference_a16(
     program: str,
     inputs: Sequence[Tensor],
     dtype: torch.dtype | None = None,
+    codebook: Sequence[float] | None = None,
 ) -> Tensor:
-    """The truth: ``scale (codes - zero_point)`` multiplied in float32 and rounded once; codes: [N, K], of any integer dtype."""
+    """The truth: ``scale (codes - zero_point)`` multiplied in float32 and rounded once; codes: [N, K], of any integer dtype.
+
+    With a ``codebook``, whose entries are rounded to the dtype of x: ``scale codebook[codes]``.
+    """
     products = []
+    if codebook:
+        book = torch.tensor(codebook, dtype=x.dtype, device=x.device).float()
+        weights = [(book[codes.long()], scale, zero_point) for codes, scale, zero_point in weights]
     for codes, scale, zero_point in weights:
         group = torch.arange(codes.shape[1], device=codes.device) // group_size
         weight = codes.float() if zero_point is None else codes.float() - zero_point.float()[group].T
@@ -95,14 +103,12 @@ def _a8_gemm(
             for w, scale in zip(weights[::3], weights[1::3], strict=True)
         ]
         return reference_a8(q, scale_x, zero_x, plain, group_size, program, inputs, out_dtype)
-    on = launch.device(q.device.index)
-    tile = launch.a8_tile(q.shape[0], bits, width, len(weights) // 3, on)
-    steps = ceil_div(q.shape[1], tile.bk if bits == 8 else codes.slices * width)
-    count = launch.parts(weights[0].shape[0], steps, tile, on)
-    size = group_size if grouped else ONE_GROUP
-    # Asked only of few: a symbolic number of tokens is guarded on it.
-    if tile.bm <= 16 and (tokens := next((t for t in TOKENS if q.shape[0] == t), 0)) and whole_words(q, *weights[::3]):
-        tile, count = launch.gemv_tile(tokens, bits, width), 1
+    K, size = q.shape[1], group_size if grouped else ONE_GROUP
+    problem = Problem(
+        bucket(q.shape[0]), weights[0].shape[0], K, bits, width=0 if bits == 8 else width, group_size=min(size, K),
+        products=len(weights) // 3, words=whole_words(q, *weights[::3]),
+    )  # fmt: skip
+    tile, count = launch.choose(problem, launch.device(q.device.index))
     return launch_a8(q, scale_x, zero_x, weights, inputs, program, bits, size, width, out_dtype, tile, count)
 
 
@@ -117,7 +123,7 @@ def launch_a8(
     group_size: int,
     width: int,
     dtype: torch.dtype,
-    tile: launch.Tile,
+    tile: Tile,
     count: int,
 ) -> Tensor:
     """Launch with ``tile`` and K in ``count`` parts; everything else as in ``a8_gemm``."""
@@ -147,14 +153,16 @@ def _a16_gemm(
     group_size: int = 128,
     width: int = 64,
     out_dtype: torch.dtype | None = None,
+    codebook: list[float] | None = None,
 ) -> Tensor:
     """[M, N] in ``out_dtype``, or the dtype of x: float16 or bfloat16 ``x`` [M, K] times one packed weight, or two.
 
     ``weights``: for each product its words, int16 of ``Codes(bits, 16, not shifted).pack(codes, width)``; scale float32
     [ceil(K / group_size), N]; and, if ``shifted``, zero points alike. A group_size of K or more is one scale per output.
+    ``codebook``: what 16 codes (unsigned, not shifted) mean, rounded to the dtype of x.
     Raises KernelError for other shapes or dtypes, and for groups that do not consist of whole slices.
     """
-    codes, each = Codes(bits, 16, not shifted), 3 if shifted else 2
+    codes, each = _codes(bits, shifted, codebook), 3 if shifted else 2
     check_a16(x, weights, codes, each, group_size, width)
     check_end(x.shape[0], weights[0].shape[0], len(weights) // each, program, inputs)
     if not launches(x):
@@ -162,12 +170,15 @@ def _a16_gemm(
             (codes.unpack(w[0], width)[:, : x.shape[1]], w[1], w[2] if shifted else None)
             for w in zip(*(weights[i::each] for i in range(each)), strict=True)
         ]
-        return reference_a16(x, plain, group_size, program, inputs, out_dtype)
+        return reference_a16(x, plain, group_size, program, inputs, out_dtype, codebook)
     require(x.dtype in OFFSET, f"the activations are {x.dtype}; the kernel multiplies in torch.float16 or torch.bfloat16")
-    on = launch.device(x.device.index)
-    tile = launch.a16_tile(x.shape[0], codes.slices, width, len(weights) // each, on)
-    count = launch.parts(weights[0].shape[0], ceil_div(x.shape[1], codes.slices * width), tile, on)
-    return launch_a16(x, weights, inputs, program, shifted, bits, group_size, width, out_dtype or x.dtype, tile, count)
+    problem = Problem(
+        bucket(x.shape[0]), weights[0].shape[0], x.shape[1], bits, True, shifted, width, min(group_size, x.shape[1]),
+        products=len(weights) // each, codebook=bool(codebook),
+    )  # fmt: skip
+    tile, count = launch.choose(problem, launch.device(x.device.index))
+    dtype = out_dtype or x.dtype
+    return launch_a16(x, weights, inputs, program, shifted, bits, group_size, width, dtype, tile, count, codebook)
 
 
 def launch_a16(
@@ -180,11 +191,12 @@ def launch_a16(
     group_size: int,
     width: int,
     dtype: torch.dtype,
-    tile: launch.Tile,
+    tile: Tile,
     count: int,
+    codebook: Sequence[float] | None = None,
 ) -> Tensor:
     """Launch with ``tile`` and K in ``count`` parts; everything else as in ``a16_gemm``."""
-    codes, each, K = Codes(bits, 16, not shifted), 3 if shifted else 2, x.shape[1]
+    codes, each, K = _codes(bits, shifted, codebook), 3 if shifted else 2, x.shape[1]
     offset = codes.offset(x.dtype)
     form = Form(
         products=len(weights) // each, floats={torch.bfloat16: "bf16", torch.float16: "fp16"}[x.dtype], codes=codes,
@@ -203,6 +215,11 @@ def launch_a16(
     return _launch(form, rows(x), [rows(w) for w in weights[::each]], values, inputs, dtype, width, tile, count)
 
 
+def _codes(bits: int, shifted: bool, codebook: Sequence[float] | None) -> Codes:
+    """How the codes of ``a16_gemm`` are packed: signed, unless they have zero points or mean places in a codebook."""
+    return Codes(bits, 16, not shifted and not codebook, tuple(codebook or ()))
+
+
 def _chunks(codes: Codes, K: int, group_size: int, width: int) -> dict[str, Any]:
     """How groups lie on slices: the facts of a Form."""
     block = codes.slices * width
@@ -219,7 +236,7 @@ def _launch(
     inputs: Sequence[Tensor],
     dtype: torch.dtype,
     width: int,
-    tile: launch.Tile,
+    tile: Tile,
     count: int,
 ) -> Tensor:
     """Write the kernel, and that which adds up its parts if there are any; and launch them."""
@@ -259,7 +276,7 @@ def _launch(
 def _call(text: str, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, int]) -> None:
     """Launch the kernel of ``text`` with those of ``values`` that it names."""
     written = kernel(text)
-    wrap_triton(written)[grid](**{name: values[name] for name in written.arg_names}, **options)
+    launcher(written)[grid](**{name: values[name] for name in written.arg_names}, **options)
 
 
 a8_gemm = define("a8_gemm", _a8_gemm)

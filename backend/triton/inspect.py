@@ -13,20 +13,22 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import gemm, launch, row
-from .codes import Codes
+from .codes import NF4, Codes
+from .cost import LATENCY, REACHED, cost, least
+from .gemv import TOKENS
+from .gpus import COMPILED, Device
 from .language import triton
 from .program import Program, kind_of
+from .recording import Launch, launches, tile_of
+from .tile import Choice, Problem
 
 PRODUCT = re.compile(r"[IH]G?MMA$|IDP$")
 """The instructions that multiply: those of the tensor cores, and dp4a."""
@@ -115,40 +117,6 @@ def _label_addresses(sass: str) -> Iterator[tuple[str, int]]:
             waiting = []
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch that was asked for: the kernel and every argument by name, tensors included."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    warps: int
-    stages: int
-
-
-def launches(run: Callable[[], object], on: launch.Device) -> list[Launch]:
-    """The launches that ``run`` asks for on the device ``on``, none of which happens; its tensors may be fake ones."""
-    found = []
-
-    def recorder(kernel: Any) -> Any:
-        class Recorder:
-            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                def record(*values: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
-                    arguments = dict(zip(kernel.arg_names, values, strict=False)) | named
-                    found.append(Launch(kernel, grid, arguments, num_warps, num_stages))
-
-                return record
-
-        return Recorder()
-
-    with ExitStack() as patches:
-        for module in (row, gemm):
-            patches.enter_context(patch.object(module, "wrap_triton", recorder))
-        patches.enter_context(patch.object(launch, "device", lambda index: on))
-        run()
-    return found
-
-
 def compile_for(asked: Launch, capability: int) -> Inspection:
     """Compile the kernel of ``asked`` for ``capability`` (80, 89, 90) as its launch would, without a GPU.
 
@@ -192,16 +160,36 @@ def _tool(name: str, *arguments: str) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: an op on fake tensors; ``tokens`` on the narrow side of a weight-only product."""
+    """One line of the table: an op on fake tensors; ``tokens`` on the narrow side of a weight-only product; dp4a or not."""
 
     name: str
     run: Callable[[], object]
     tokens: int | None = None
+    dp4a: bool = False
 
-    def inspect(self, on: launch.Device) -> Inspection:
-        """Compile its first launch for ``on``; the second, if any, adds up the parts of a split K."""
+    def asked(self, on: Device) -> list[Launch]:
+        """Its launches on ``on`` with the tile that the model of the cost ranks first, of those with dp4a or of the others."""
+
+        def choose(problem: Problem, on: Device) -> Choice:
+            return next(c for c in launch.ranked(problem, on) if (c.tile.bm in TOKENS) == self.dp4a)
+
         with FakeTensorMode():
-            return compile_for(launches(self.run, on)[0], on.capability)
+            return launches(self.run, on, choose)
+
+    def inspect(self, on: Device) -> Inspection:
+        """Compile its first launch for ``on``; the second, if any, adds up the parts of a split K."""
+        return compile_for(self.asked(on)[0], on.capability)
+
+    def predicted(self, on: Device, seen: Inspection) -> tuple[float, float, str]:
+        """Microseconds that it should take on ``on`` by ``cost.py``, those of the roofline, and what it would wait for."""
+        asked = self.asked(on)[0]
+        if asked.problem is not None and asked.choice is not None:
+            found = cost(asked.problem, asked.choice, on)
+            return found.total, least(asked.problem, on), found.bound
+        tensors = [t for t in asked.arguments.values() if isinstance(t, torch.Tensor)]
+        memory = sum(t.numel() * t.element_size() for t in tensors) / on.bandwidth / 1e3
+        issue = seen.opcodes.total() * asked.warps * asked.grid[0] / 4 / on.processors / on.clock / 1e3
+        return max(memory / REACHED, issue) + LATENCY, memory, "memory" if memory / REACHED > issue else "issue"
 
 
 def _fake(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -255,7 +243,7 @@ def a8_case(
 
 def a16_case(
     M: int, bits: int, shifted: bool, group_size: int = 128, program: str = "", products: int = 1,
-    dtype: torch.dtype = torch.bfloat16, width: int = 64,
+    dtype: torch.dtype = torch.bfloat16, width: int = 64, codebook: tuple[float, ...] = (),
 ) -> Callable[[], object]:  # fmt: skip
     """M tokens in 16-bit floats times one or two weights of 4096 x 4096."""
 
@@ -265,7 +253,8 @@ def a16_case(
         packed = _fake(N, K // Codes(bits, 16).slices, dtype=torch.int16)
         weights = [packed, scale, *([scale] if shifted else [])] * products
         inputs = operands_of(program, M, N, dtype)
-        return gemm.a16_gemm(_fake(M, K, dtype=dtype), weights, inputs, program, shifted, bits, group_size, width)
+        x, book = _fake(M, K, dtype=dtype), list(codebook) or None
+        return gemm.a16_gemm(x, weights, inputs, program, shifted, bits, group_size, width, codebook=book)
 
     return run
 
@@ -280,12 +269,12 @@ CASES = (
     Case("W8A8, M = 4096, gated pair", a8_case(4096, program=GATED, products=2)),
     Case("W8A8, M = 4096, tanh GELU, int8 codes out", a8_case(4096, program=CODES, dtype=torch.int8)),
     Case("W8A8, M = 64, gated pair", a8_case(64, program=GATED, products=2)),
-    Case("W8A8, M = 16, split K", a8_case(16)),
-    Case("W8A8, M = 1, dp4a", a8_case(1), 1),
-    Case("W4A8 g128, M = 1, dp4a", a8_case(1, 4, 128), 1),
-    Case("W4A8 g128, M = 2, dp4a, gated pair", a8_case(2, 4, 128, GATED, 2), 2),
-    Case("W3A8 g128, M = 1, dp4a", a8_case(1, 3, 128, width=64), 1),
-    Case("W2A8, M = 1, dp4a", a8_case(1, 2), 1),
+    Case("W8A8, M = 16", a8_case(16)),
+    Case("W8A8, M = 1, dp4a", a8_case(1), 1, dp4a=True),
+    Case("W4A8 g128, M = 1, dp4a", a8_case(1, 4, 128), 1, dp4a=True),
+    Case("W4A8 g128, M = 2, dp4a, gated pair", a8_case(2, 4, 128, GATED, 2), 2, dp4a=True),
+    Case("W3A8 g128, M = 1, dp4a", a8_case(1, 3, 128, width=64), 1, dp4a=True),
+    Case("W2A8, M = 1, dp4a", a8_case(1, 2), 1, dp4a=True),
     Case("W4A8 g128, M = 8", a8_case(8, 4, 128), 8),
     Case("W4A8 g128, M = 16", a8_case(16, 4, 128), 16),
     Case("W4A8 g128, M = 16, gated pair", a8_case(16, 4, 128, GATED, 2), 16),
@@ -303,37 +292,34 @@ CASES = (
     Case("W4A16 g128, M = 16, gated pair", a16_case(16, 4, shifted=True, program=GATED, products=2), 16),
     Case("W4A16 g128, M = 32", a16_case(32, 4, shifted=False), 32),
     Case("W4A16 g128, M = 64", a16_case(64, 4, shifted=True)),
+    Case("W4A16 NF4 g64, M = 8", a16_case(8, 4, shifted=False, group_size=64, codebook=NF4), 8),
+    Case("W4A16 NF4 g64, M = 16", a16_case(16, 4, shifted=False, group_size=64, codebook=NF4), 16),
     Case("W8A16, M = 16", a16_case(16, 8, shifted=False, group_size=4096), 16),
 )
-
-
-def sources(run: Callable[[], object], on: launch.Device) -> list[str]:
-    """The texts of the kernels that ``run`` launches on the device ``on``."""
-    with FakeTensorMode():
-        return [asked.kernel.src for asked in launches(run, on)]
 
 
 def main() -> None:
     """Print the table, a line for each case and compute capability; given the name of a case, its kernels instead."""
     for case in CASES:
         if sys.argv[1:] == [case.name]:
-            print("\n".join(sources(case.run, launch.KNOWN[-1])))
+            print("\n".join(asked.kernel.src for asked in case.asked(COMPILED[-1])))
             return
-    columns = ("kernel", "sm", "registers", "stack", "shared, bytes", "instructions", "in the loop", "products in the loop")
-    print(f"| {' | '.join(columns)} | instructions per weight |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = (
+        "kernel", "sm", "tile", "registers", "stack", "shared, bytes", "instructions", "in the loop", "products in the loop",
+        "instructions per weight", "predicted, us", "roofline, us", "waits for",
+    )  # fmt: skip
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for case in CASES:
-        for on in launch.KNOWN:
-            if on.capability == 86:
-                continue  # compiles to the code of 80
+        for on in COMPILED:
             seen = case.inspect(on)
             products = ", ".join(f"{n} {op}" for op, n in seen.loop.items() if PRODUCT.match(op.split(".")[0]))
             share = f"{seen.per_weight(case.tokens):.2f}" if case.tokens else ""
-            print(
-                f"| {case.name} | {on.capability} | {seen.registers} | {seen.stack} | {seen.shared} "
-                f"| {seen.opcodes.total()} | {seen.loop.total() or ''} | {products} | {share} |",
-                flush=True,
-            )
+            time, bound, reason = case.predicted(on, seen)
+            cells = (
+                case.name, on.capability, tile_of(case.asked(on)[0]), seen.registers, seen.stack, seen.shared,
+                seen.opcodes.total(), seen.loop.total() or "", products, share, f"{time:.1f}", f"{bound:.1f}", reason,
+            )  # fmt: skip
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

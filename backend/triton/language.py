@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
@@ -59,6 +60,15 @@ def define(name: str, implementation: Callable[..., Any]) -> Any:
 def launches(x: torch.Tensor) -> bool:
     """True where a kernel is launched for ``x``; everywhere else the plain meaning of the op runs."""
     return x.device.type == "cuda" or (INTERPRETED and x.device.type == "cpu")
+
+
+recording: ContextVar[Callable[[Any], Any] | None] = ContextVar("recording", default=None)
+"""What stands for ``wrap_triton`` in this thread, if anything does: see ``recording.py``."""
+
+
+def launcher(kernel: Any) -> Any:
+    """What ``[grid](...)`` launches ``kernel``, so that Inductor sees it."""
+    return (recording.get() or wrap_triton)(kernel)
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -53,6 +53,9 @@ def check_a8(
 def check_a16(x: Tensor, weights: list[Tensor], codes: Codes, each: int, group_size: int, width: int) -> None:
     """Words, scales and zero points of ``a16_gemm``."""
     require(x.dim() == 2 and len(weights) in (each, 2 * each), f"a16_gemm takes [M, K] and {each} tensors for each product")
+    book = len(codes.codebook)
+    fit = not book or (codes.bits == 4 and book == 16 and each == 2)
+    require(fit, f"a codebook has {book} entries for {codes.bits} bits; 16 for 4 bits, and no zero points, are needed")
     K, N = x.shape[1], weights[0].shape[0]
     words, groups = ceil_div(K, codes.slices * width) * codes.words * width, ceil_div(K, group_size)
     whole = group_size >= K or fits(codes, group_size, width)

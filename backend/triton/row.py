@@ -16,7 +16,7 @@ from torch import Tensor
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerToken
 
-from .language import ceil_div, define, launches, power_of_two, require, rows, tl, triton, wrap_triton
+from .language import ceil_div, define, launcher, launches, power_of_two, require, rows, tl, triton
 
 Quantized = tuple[Tensor, Tensor, Tensor]  # q int8 [T, D], scale float32 [T, 1], zero_point int32 [T, 1]
 Normalized = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # and the residual sum and the normalised rows, or empty tensors
@@ -152,7 +152,7 @@ def launch_rows(
     total = x.new_empty((T, D)) if keep_sum else None
     normed = x.new_empty((T, D)) if keep_norm else None
     count, block, warps = shape_of(D)
-    wrap_triton(row_kernel)[(ceil_div(T, count),)](
+    launcher(row_kernel)[(ceil_div(T, count),)](
         x, residual, weight, bias, q, scale, zero_point, total, normed,
         T, D, x.stride(0), 0 if residual is None else residual.stride(0), eps,
         NORM=norm, CENTERED=centered, SYMMETRIC=symmetric, ROWS=count, BLOCK=block, num_warps=warps,

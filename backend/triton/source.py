@@ -14,7 +14,7 @@ from hashlib import sha256
 from textwrap import indent
 from typing import Any
 
-from .codes import Codes, lifting, widening
+from .codes import Codes, lifting, looking_up, widening
 from .language import tl, triton
 from .program import Program, kind_of
 
@@ -50,7 +50,9 @@ class Form:
     def name(self) -> str:
         """A name for people, which profilers show."""
         bits = self.codes.bits if self.codes else 8
-        return f"w{bits}a{16 if self.floats else 8}" + ("_pair" if self.products == 2 else "") + ("_part" if self.parts else "")
+        book = "book_" if self.codes and self.codes.codebook else ""
+        ends = ("_pair" if self.products == 2 else "") + ("_part" if self.parts else "")
+        return f"{book}w{bits}a{16 if self.floats else 8}{ends}"
 
     @property
     def integer(self) -> bool:
@@ -60,7 +62,7 @@ class Form:
     @property
     def weights(self) -> list[str]:
         """What each product reads besides its codes, loaded in the loop (of groups) or at the end (of channels)."""
-        third = ["zero_w"] if self.floats and self.codes and not self.codes.signed else []
+        third = ["zero_w"] if self.floats and self.codes and not (self.codes.signed or self.codes.codebook) else []
         return ["scale_w", *(["sum_w"] if self.zero_x else third)]
 
 
@@ -178,7 +180,9 @@ def slice_of(form: Form, codes: Codes, i: int, j: int) -> Iterator[str]:
     """``w_tile``: slice ``j`` of the words of product ``i``."""
     if form.floats:
         dtype = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}[form.floats]
-        if form.interpreted:
+        if codes.codebook:
+            yield from _looked_up(form, codes, i, j, dtype)
+        elif form.interpreted:
             flip = 1 << codes.bits - 1 if codes.signed else 0
             bias = 1024 if codes.bits == 4 else -128
             yield f"code = (words{i}_0.to(tl.int32) >> {codes.bits * j}) & {(1 << codes.bits) - 1}"
@@ -198,6 +202,22 @@ def slice_of(form: Form, codes: Codes, i: int, j: int) -> Iterator[str]:
         words = ", ".join(f"words{i}_{tile}" for tile, _, _ in moves)
         constraint = ",".join(["=r", *("r" for _ in moves)])
         yield from assembly(f"w_tile{i}", lifting(moves), constraint, words, "tl.int8", 4)
+
+
+def _looked_up(form: Form, codes: Codes, i: int, j: int, dtype: str) -> Iterator[str]:
+    """``w_tile`` from a codebook: all slices are looked up together, when the first is asked for."""
+    if form.interpreted:
+        yield f"code = (words{i}_0.to(tl.int32) >> {codes.bits * j}) & {(1 << codes.bits) - 1}"
+        yield f"w_tile{i} = tl.zeros(code.shape, dtype=tl.float32)"
+        yield from (f"w_tile{i} = tl.where(code == {c}, {entry!r}, w_tile{i})" for c, entry in enumerate(codes.codebook))
+        yield f"w_tile{i} = w_tile{i}.to({dtype})"
+        return
+    if j == 0:
+        slices, text = range(codes.slices), looking_up(codes.codebook, form.floats == "bf16")
+        to = ", ".join(f"slice{i}_{k}" for k in slices)
+        constraint, types = ",".join(["=r" for _ in slices] + ["r"]), ", ".join(dtype for _ in slices)
+        yield from assembly(to, text, constraint, f"words{i}_0", f"({types})", 2)
+    yield f"w_tile{i} = slice{i}_{j}"
 
 
 def assembly(to: str, text: str, constraint: str, words: str, dtype: str, pack: int) -> Iterator[str]:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from fxquant.backend.triton import gemm
 from fxquant.backend.triton.codes import Codes
 from fxquant.backend.triton.language import KernelError
-from fxquant.backend.triton.launch import Tile
 from fxquant.backend.triton.program import OPS, Program
 from fxquant.backend.triton.refuse import MAX_K, fits
+from fxquant.backend.triton.tile import Tile
 
 TILES = (Tile(16, 32, 32, 4, 2), Tile(32, 16, 64, 4, 2), Tile(16, 32, 64, 4, 2, weight_left=True))
 SHAPES = st.tuples(st.integers(0, 20), st.sampled_from([1, 16, 31, 32, 40, 64]), st.integers(1, 150))
@@ -116,6 +116,30 @@ def test_products_with_float_activations_are_those_of_the_decoded_weight(
     ours = gemm.launch_a16(x, weights, inputs, program, shifted, bits, group, width, torch.float16, tile, parts)
     assert ours.dtype == torch.float16
     assert torch.equal(ours, gemm.reference_a16(x, plain, group, program, inputs))
+
+
+@given(
+    st.tuples(st.integers(1, 18), st.sampled_from([1, 31, 64]), st.integers(1, 150)),
+    st.sampled_from([(16, 16), (16, 64), (16, gemm.ONE_GROUP)]), st.sampled_from([1, 2]), st.sampled_from([1, 2]),
+    st.integers(0, 2**20),
+)  # fmt: skip
+def test_products_of_a_codebook_are_those_of_its_entries(shape, form, parts, products, seed):
+    (M, N, K), (width, group) = shape, form
+    group = gemm.ONE_GROUP if group > K else group
+    # Entries, activations and scales are few bits each: every product and sum is exact.
+    x, book = integers(-4, 5, M, K, seed=seed).half(), tuple(float(e) / 4 for e in integers(-64, 64, 16, seed=seed).tolist())
+    weights, plain = [], []
+    for i in range(products):
+        codes = integers(0, 16, N, K, seed=seed + i, dtype=torch.int16).to(torch.uint8)
+        scale = 2.0 ** integers(-2, 1, -(K // -group), N, seed=seed + 5 + i, dtype=torch.float32)
+        weights += [Codes(4, 16, False, book).pack(codes, width), scale]
+        plain.append((codes, scale, None))
+    program = "t0 = add(y0, y1)" if products == 2 else ""
+    tile = Tile(16, 32, 0, 4, 2, weight_left=True)
+    ours = gemm.launch_a16(x, weights, [], program, False, 4, group, width, torch.float16, tile, parts, book)
+    assert torch.equal(ours, gemm.reference_a16(x, plain, group, program, [], None, book))
+    named = gemm.a16_gemm(x, weights, [], program, False, 4, group, width, codebook=list(book))
+    assert torch.equal(ours, named)
 
 
 @pytest.mark.parametrize("op", OPS)
