@@ -43,6 +43,7 @@ from .simulate import Quantizer
 
 ROWS = 512  # tokens that are kept of a linear's input, by chance
 FAR = 32  # and those that reach farthest
+COMPARED = 1 << 22  # numbers of an output that are compared
 APART = 1e-3  # how far outputs of samples run apart may be from those of the batch, relative: sums in another order
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -99,6 +100,8 @@ class Session:
         """Go on to ``stage``; what was built for the one before is freed."""
         self._built.clear()
         self._folded.clear()
+        if (trim := getattr(_library(), "malloc_trim", None)) is not None:
+            trim(0)
         self.stage = stage
 
     def run(self, graph: Graph, args: Sequence[Any]) -> Any:
@@ -146,18 +149,24 @@ def returning_memory() -> Iterator[None]:
     glibc keeps it else, from the second tensor of a size on, and before 2.38 aligned memory does not fit the hole that its like
     has left: with layers of one shape the process grows to twice what is alive. Nothing happens where the library is another.
     """
-    try:
-        library = ctypes.CDLL(None)
-        adjust = library.mallopt
-    except (OSError, TypeError, AttributeError):
+    adjust = getattr(_library(), "mallopt", None)
+    if adjust is None:
         yield
         return
-    adjust(M_MMAP_THRESHOLD, 1 << 18)
+    adjust(M_MMAP_THRESHOLD, 2 << 20)
     try:
         yield
     finally:
         adjust(M_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adjustment, which is off by now, ends up, and twice that
         adjust(M_TRIM_THRESHOLD, 64 << 20)
+
+
+def _library() -> Any:
+    """The C library of this process, None where it cannot be had."""
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
 
 
 # ---- measured -----------------------------------------------------------------------------------------------------------
@@ -362,7 +371,7 @@ class Runner:
         return 1 if callable(self._data) else len(self._data)
 
     def divisible(self, most: int) -> int:
-        """Into how many pieces a batch may be cut, at most ``most``: the first one answers in pieces what it answers as a whole.
+        """Into how many pieces, at most ``most``, a batch may be cut: in which the first one answers what it answers whole.
 
         That is tried in floating point, on some of the outputs; 1 if it does not, or cannot be cut.
         """
@@ -452,7 +461,8 @@ def _cut(batch: Any, pieces: int) -> list[Any]:
     >>> [x.shape for x in _cut(torch.ones(32, 128), 16)][:2]   # doctest: +SKIP
     [torch.Size([2, 128]), torch.Size([2, 128])]
     """
-    named = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, list | tuple) else [batch]))
+    listed = batch if isinstance(batch, list | tuple) else [batch]
+    named = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(listed))
     lengths = {len(v) if v.ndim else None for v in named.values() if isinstance(v, Tensor)}
     length = lengths.pop() if len(lengths) == 1 else None
     if pieces == 1 or not length or not all(isinstance(v, Tensor | bool | int | float | str | None) for v in named.values()):
@@ -473,7 +483,7 @@ def _parameter_names(model: nn.Module) -> list[str]:
         return []
 
 
-def compared(output: Any, masks: Mapping[str, Tensor], most: int = 1 << 22) -> Tensor:
+def compared(output: Any, masks: Mapping[str, Tensor], most: int = COMPARED) -> Tensor:
     """What of a model's output is compared with the float model's: [rows, features], float32, padding left out.
 
     The logits if there are such, else the last hidden state, else the first tensor of floats. Of very wide outputs (the logits

@@ -23,7 +23,7 @@ from fxquant.patterns.transforms import equalize
 from .calibration import Maps, Runner, Session, Stage, compared, reads_decoder
 
 VALUES = 1 << 17  # that are kept of a site, and their weights
-PIECES = 16  # of a batch, one after another: autograd keeps every activation of what it runs
+PIECES = 8  # of a batch, one after another where that changes nothing: autograd keeps every activation of what it runs
 
 
 class _Sensed(nn.Module):
@@ -105,10 +105,14 @@ class SensingStage(Stage):
 
 
 def sensed(
-    runner: Runner, maps: Maps, edges: Mapping[str, Edge], start: Mapping[str, tuple[Tensor, Tensor]], seed: int
+    runner: Runner,
+    maps: Maps,
+    edges: Mapping[str, Edge],
+    start: Mapping[str, tuple[Tensor, Tensor]],
+    seed: int,
+    pieces: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The range of each of ``edges``, by its effect on the output of all data, to first order."""
-    pieces = runner.divisible(PIECES)
+    """The range of each of ``edges``, by its effect on the output of all data, a piece of a batch at a time, to first order."""
     stage = SensingStage(runner.session, maps, edges)
     runner.session.enter(stage)
     generator, share = torch.Generator().manual_seed(seed), -(-VALUES // (runner.parts * pieces))
