@@ -74,7 +74,7 @@ def tokens(weights: int, activations: int, observer: Observer) -> Specs:
 
 
 def groups(weights: int, activations: int, observer: Observer) -> Specs:
-    """Weights alone, the head's apart, asymmetric in groups of 96 (a divisor of SmolLM2's 576) between extremes, as peers.py."""
+    """Weights alone, the head's apart, asymmetric in groups of 96 (a divisor of SmolLM2's 576) between extremes: as peers."""
     return {"weights": Spec(IntAffine(weights, symmetric=False), PerGroup(96)), "ignore": HEADS}
 
 
