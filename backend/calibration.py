@@ -8,6 +8,7 @@
 Weights are folded in every stage, so that a pass costs what the float model costs and a little more.
 """
 
+import ctypes
 import inspect
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -36,12 +37,15 @@ from fxquant.patterns.inputs import absorbs, linear_inputs
 from fxquant.patterns.measured import Measured
 from fxquant.patterns.transforms import equalize, get
 from fxquant.plan import Plan
-from fxquant.recipe import Recipe
+from fxquant.recipe import ROLES, Recipe
 
 from .simulate import Quantizer
 
 ROWS = 512  # tokens that are kept of a linear's input, by chance
 FAR = 32  # and those that reach farthest
+COMPARED = 1 << 22  # numbers of an output that are compared
+APART = 1e-3  # how far outputs of samples run apart may be from those of the batch, relative: sums in another order
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 Maps = dict[str, dict[str, dict[str, Tensor]]]
@@ -85,6 +89,7 @@ class Session:
     masks: dict[str, Tensor] = field(default_factory=dict)
     _met: dict[Graph, tuple[int, ...]] = field(default_factory=dict)
     _built: dict[Graph, Callable[..., Any]] = field(default_factory=dict)
+    _folded: dict[tuple[Any, ...], tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def graphs(self) -> list[Graph]:
@@ -94,6 +99,9 @@ class Session:
     def enter(self, stage: Stage) -> None:
         """Go on to ``stage``; what was built for the one before is freed."""
         self._built.clear()
+        self._folded.clear()
+        if (trim := getattr(_library(), "malloc_trim", None)) is not None:
+            trim(0)
         self.stage = stage
 
     def run(self, graph: Graph, args: Sequence[Any]) -> Any:
@@ -108,6 +116,21 @@ class Session:
             self._built[graph] = self.stage.build(copy_of(graph.gm), args)
         return self._built[graph](*args)
 
+    def runnable(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+        """``gm`` as a function of its arguments whose weight algebra is done once, for the parameters in ``args``.
+
+        What graphs of one stage have in common, such as those of two lengths, is kept once.
+        """
+        folded, weights = fold(tidy(gm)), list[Tensor]()
+        for unit in folded.units:
+            parameters = [args[i] for i in unit.inputs]
+            key = unit.key, *map(id, parameters)
+            if key not in self._folded:
+                with torch.no_grad():
+                    self._folded[key] = unit.fold(parameters)
+            weights += self._folded[key]
+        return lambda *args: folded.runtime(*(args[i] for i in folded.kept), *weights)
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Graphs called by this thread run in this session."""
@@ -119,12 +142,31 @@ class Session:
             _active.session = before
 
 
-def runnable(gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
-    """``gm`` as a function of its arguments whose weight algebra is done once, for the parameters in ``args``."""
-    folded = fold(tidy(gm))
-    with torch.no_grad():
-        weights = [t for unit in folded.units for t in unit.fold([args[i] for i in unit.inputs])]
-    return lambda *args: folded.runtime(*(args[i] for i in folded.kept), *weights)
+@contextmanager
+def returning_memory() -> Iterator[None]:
+    """The memory of a large tensor goes back to the system with the tensor.
+
+    glibc keeps it else, from the second tensor of a size on, and before 2.38 aligned memory does not fit the hole that its like
+    has left: with layers of one shape the process grows to twice what is alive. Nothing happens where the library is another.
+    """
+    adjust = getattr(_library(), "mallopt", None)
+    if adjust is None:
+        yield
+        return
+    adjust(M_MMAP_THRESHOLD, 2 << 20)
+    try:
+        yield
+    finally:
+        adjust(M_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adjustment, which is off by now, ends up, and twice that
+        adjust(M_TRIM_THRESHOLD, 64 << 20)
+
+
+def _library() -> Any:
+    """The C library of this process, None where it cannot be had."""
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
 
 
 # ---- measured -----------------------------------------------------------------------------------------------------------
@@ -191,7 +233,7 @@ class MeasuringStage(Stage):
             for linear in linears:
                 linear.replace_input_with(x, observed)
         gm.recompile()
-        return runnable(gm, args)
+        return self._session.runnable(gm, args)
 
     def see(self, key: str, x: Tensor) -> None:
         rows = tokens(x, mask_for(self._session.masks, self._decoder[key]), merge_heads=False)
@@ -267,7 +309,7 @@ class ObservingStage(Stage):
             self.edges.setdefault(edge.key, edge)
             self._decoder.setdefault(edge.key, reads_decoder(edge.value))
         insert(gm, edges, lambda x, edge: gm.graph.call_function(observe, (x, edge.key)))
-        return runnable(gm, args)
+        return self._session.runnable(gm, args)
 
     def see(self, key: str, x: Tensor) -> None:
         spec = self.edges[key].spec
@@ -304,7 +346,7 @@ class SimulatingStage(Stage):
         known = [edge for edge in annotation.edges if not edge.spec.is_observed or edge.key in self.quantizers]
         insert(gm, known, write)
         quantize_weights(gm, annotation)
-        return runnable(gm, args)
+        return self._session.runnable(gm, args)
 
 
 # ---- running the data ---------------------------------------------------------------------------------------------------
@@ -328,8 +370,35 @@ class Runner:
         """Into how many parts the data can be cut: the number of batches, 1 for a callable."""
         return 1 if callable(self._data) else len(self._data)
 
-    def run(self, title: str, parts: int | None = None, gradients: bool = False) -> Generator[Output, None, None]:
-        """Yields every output of the model with the padding masks of its call; the first ``parts`` batches alone if given."""
+    def divisible(self, most: int) -> int:
+        """Into how many pieces, at most ``most``, a batch may be cut: in which the first one answers what it answers whole.
+
+        That is tried in floating point, on some of the outputs; 1 if it does not, or cannot be cut.
+        """
+        pieces = 1 if callable(self._data) else len(_cut(self._data[0], most))
+        if pieces == 1:
+            return 1
+        self.session.enter(Stage())
+        whole, apart = self._sampled(1), self._sampled(most)
+        same = whole.shape == apart.shape and float((whole - apart).norm()) <= APART * float(whole.norm())
+        return pieces if same else 1
+
+    def _sampled(self, pieces: int, step: int = 7) -> Tensor:
+        """Every seventh row of what is compared of the first batch, for the logits of a vocabulary are large."""
+        rows, seen = [], 0
+        for output in self.run("", 1, pieces=pieces):
+            of_piece = compared(*output, most=0)
+            rows.append(of_piece[-seen % step :: step].clone())
+            seen += len(of_piece)
+        return torch.cat(rows)
+
+    def run(
+        self, title: str, parts: int | None = None, gradients: bool = False, pieces: int = 1
+    ) -> Generator[Output, None, None]:
+        """Yields every output of the model with the padding masks of its call; the first ``parts`` batches alone if given.
+
+        Each batch is run in up to ``pieces`` pieces, whose outputs come one by one.
+        """
         seen: list[tuple[Any, dict[str, Tensor]]] = []
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -349,9 +418,10 @@ class Runner:
                     yield from seen
                     return
                 for batch in self._progress(self._data[:parts], title):
-                    self._call(batch)
-                    yield from seen
-                    seen.clear()
+                    for piece in _cut(batch, pieces):
+                        self._call(piece)
+                        while seen:
+                            yield seen.pop(0)
             finally:
                 self._model._compiled_call_impl = before
 
@@ -385,6 +455,27 @@ def _batches(data: Any) -> list[Any]:
     return batches
 
 
+def _cut(batch: Any, pieces: int) -> list[Any]:
+    """``batch`` along the first axis of its tensors in up to ``pieces`` pieces; whole if they differ there, or hold lists.
+
+    >>> [x.shape for x in _cut(torch.ones(32, 128), 16)][:2]   # doctest: +SKIP
+    [torch.Size([2, 128]), torch.Size([2, 128])]
+    """
+    listed = batch if isinstance(batch, list | tuple) else [batch]
+    named = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(listed))
+    lengths = {len(v) if v.ndim else None for v in named.values() if isinstance(v, Tensor)}
+    length = lengths.pop() if len(lengths) == 1 else None
+    if pieces == 1 or not length or not all(isinstance(v, Tensor | bool | int | float | str | None) for v in named.values()):
+        return [batch]
+
+    def piece(start: int, size: int) -> Any:
+        some = {name: v[start : start + size] if isinstance(v, Tensor) else v for name, v in named.items()}
+        return some if isinstance(batch, Mapping) else tuple(some.values())
+
+    size = -(-length // pieces)
+    return [piece(start, size) for start in range(0, length, size)]
+
+
 def _parameter_names(model: nn.Module) -> list[str]:
     try:
         return [name for name in inspect.signature(model.forward).parameters if name != "self"]
@@ -392,7 +483,7 @@ def _parameter_names(model: nn.Module) -> list[str]:
         return []
 
 
-def compared(output: Any, masks: Mapping[str, Tensor], most: int = 1 << 22) -> Tensor:
+def compared(output: Any, masks: Mapping[str, Tensor], most: int = COMPARED) -> Tensor:
     """What of a model's output is compared with the float model's: [rows, features], float32, padding left out.
 
     The logits if there are such, else the last hidden state, else the first tensor of floats. Of very wide outputs (the logits
@@ -418,6 +509,7 @@ def _field(output: Any, name: str) -> Any:
 # ---- the whole ----------------------------------------------------------------------------------------------------------
 
 
+@returning_memory()
 def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> Plan:
     """Run all stages and put together what they found."""
     from .searching import search, searches  # they need the stages above
@@ -439,7 +531,8 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
     session.enter(observing)
     wanted, keep = [], searches(recipe)
     with watching(observing):
-        for output in runner.run("observing"):
+        # Where nothing is static, the data has shown all that it has to show to the transforms.
+        for output in runner.run("observing") if observes(recipe) or not session.graphs else ():
             if keep:  # the transforms are exact, so these are the outputs of the model as it was
                 wanted.append(compared(*output))
     if not session.graphs:
@@ -449,6 +542,12 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
     for key, (low, high) in ranges.items():
         tensors |= {f"low/{key}": low, f"high/{key}": high}
     return Plan(recipe, tensors, _sites(session), {**found, "left alone": notes} if notes else found)
+
+
+def observes(recipe: Recipe) -> bool:
+    """Whether a range of ``recipe`` may be one that data is watched for."""
+    specs = [getattr(recipe, role) for role in ROLES] + [override.spec for override in recipe.overrides]
+    return any(spec is not None and spec.observer is not None for spec in specs)
 
 
 def _sites(session: Session) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from fxquant.patterns.transforms import equalize
 from fxquant.plan import Plan
 from fxquant.recipe import Recipe, Spec
 
-from .calibration import MeasuringStage, Progress, Runner, Session, Stage, compared, reads_decoder, runnable
+from .calibration import MeasuringStage, Progress, Runner, Session, Stage, compared, reads_decoder
 from .pipeline import arguments_of, no_range
 
 ROWS = 512  # tokens of a batch on which the noise of a site is measured
@@ -107,7 +107,7 @@ class ExaminingStage(Stage):
             node.replace_all_uses_with(examined)
             gm.graph.erase_node(node)
         gm.recompile()
-        return runnable(gm, args)
+        return self.session.runnable(gm, args)
 
 
 def examine(model: nn.Module, data: Any, recipe: Recipe, plan: Plan | None, progress: Progress) -> Mapping[str, Measurement]:

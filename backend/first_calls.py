@@ -68,7 +68,12 @@ class _Replay(Runner):
     def parts(self) -> int:
         return len(self._calls)
 
-    def run(self, title: str, parts: int | None = None, gradients: bool = False) -> Generator[Output, None, None]:
+    def divisible(self, most: int) -> int:
+        return 1  # the graph is of the sizes that it was captured for
+
+    def run(
+        self, title: str, parts: int | None = None, gradients: bool = False, pieces: int = 1
+    ) -> Generator[Output, None, None]:
         with torch.set_grad_enabled(gradients):
             for args in self._calls[:parts]:
                 self.session.masks = {name: args[i] for i, name in self._of.items() if args[i].ndim == 2}

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.numerics.granularity import PerTensor
 from fxquant.numerics.observers import TokenWise
 from fxquant.recipe import ROLES, Recipe
 
-from .calibration import Maps, ObservingStage, Progress, Runner, SimulatingStage, compared
-from .sensing import sensed
+from .calibration import COMPARED, Maps, ObservingStage, Progress, Runner, SimulatingStage, compared
+from .sensing import PIECES, sensed
 from .simulate import Quantizer
 
 Ranges = dict[str, tuple[Tensor, Tensor]]
@@ -56,22 +57,24 @@ def search(
         return ranges, notes
 
     quantizers = {key: Quantizer(edges[key].spec) for key in states}
+    divisible = runner.divisible(PIECES)
+    pieces = divisible if _by_sample(runner.session.recipe, wanted) else 1
     simulating = SimulatingStage(runner.session, maps, quantizers)
     runner.session.enter(simulating)
     if searched:
         bits = min(edges[key].spec.format.bits for key in searched)
         candidates = TokenWise.candidates(bits, BATCH, LENGTH)
-        ratio, by_ratio = _ratio(runner, quantizers, wanted, ranges_at, candidates, progress)
+        ratio, by_ratio = _ratio(runner, quantizers, wanted, ranges_at, candidates, progress, pieces)
         notes |= {"token ratio": ratio, "losses by ratio": {f"{r:.4g}": by_ratio[r] for r in sorted(by_ratio, reverse=True)}}
         ranges, loss = ranges_at(ratio), by_ratio[ratio]
     if learned:
         _set(quantizers, ranges)
-        losses = [_loss(runner, wanted, "before learning") if loss is None else loss]
+        losses = [_loss(runner, wanted, "before learning", pieces=pieces) if loss is None else loss]
         if fine:
-            own = sensed(runner, maps, fine, ranges, seed)
+            own = sensed(runner, maps, fine, ranges, seed, divisible)
             runner.session.enter(simulating)
             _set(quantizers, ranges | own)
-            losses.append(_loss(runner, wanted, "ranges of each site", most=losses[0]))
+            losses.append(_loss(runner, wanted, "ranges of each site", most=losses[0], pieces=pieces))
             ranges = ranges | own if losses[1] < losses[0] else ranges
         if others := [key for key in learned if key not in fine]:
             _set(quantizers, ranges)
@@ -92,17 +95,36 @@ def _set(quantizers: Mapping[str, Quantizer], ranges: Ranges) -> None:
         quantizer.set_range(*ranges[key])
 
 
+def _by_sample(recipe: Recipe, wanted: Sequence[Tensor]) -> bool:
+    """What is rounded of a sample does not depend on the others, and nothing of ``wanted`` was left out for its size."""
+    specs = [getattr(recipe, role) for role in ROLES if role not in ("weights", "embeddings")]
+    specs += [override.spec for override in recipe.overrides]
+    together = any(s is not None and isinstance(s.granularity, PerTensor) and not s.is_static for s in specs)
+    return not together and all(target.numel() <= COMPARED // 2 for target in wanted)
+
+
 def _loss(
-    runner: Runner, wanted: Sequence[Tensor], title: str, parts: int | None = None, most: float = math.inf
+    runner: Runner,
+    wanted: Sequence[Tensor],
+    title: str,
+    parts: int | None = None,
+    most: float = math.inf,
+    pieces: int = 1,
 ) -> float:
-    """The mean squared error of the outputs over the first ``parts`` batches (None: all).
+    """The mean squared error of the outputs over the first ``parts`` batches (None: all), each run in ``pieces``.
 
     Once it is certain to be above ``most`` the rest of the batches is left out, and a bound from below is returned.
     """
     error, count = 0.0, sum(target.numel() for target in wanted[:parts])
-    with closing(runner.run(title, parts)) as outputs:
-        for output, target in zip(outputs, wanted, strict=False):  # the runner first: it cleans up at its end
-            error += float((compared(*output) - target).double().square().sum())
+    targets, target = iter(wanted), torch.empty(0)
+    with closing(runner.run(title, parts, pieces=pieces)) as outputs:
+        for rows in (compared(*output) for output in outputs):
+            if not len(rows):  # all of it is padding
+                continue
+            while not len(target):
+                target = next(targets)
+            error += float((rows - target[: len(rows)]).double().square().sum())
+            target = target[len(rows) :]
             if error > most * count:
                 break
     return error / max(count, 1)
@@ -115,6 +137,7 @@ def _ratio(
     ranges_at: Callable[[float], Ranges],
     candidates: Iterable[float],
     progress: Progress,
+    pieces: int,
 ) -> tuple[float, dict[float, float]]:
     """The ratio of least loss, and the losses of those that were tried on all data; 1.0, no clipping, always is.
 
@@ -128,7 +151,7 @@ def _ratio(
         losses: dict[float, float] = {}
         for ratio in progress(ratios, f"token ratio, {parts} of {runner.parts} batches"):
             _set(quantizers, ranges_at(ratio))
-            losses[ratio] = _loss(runner, wanted, "", parts, min(losses.values(), default=math.inf))
+            losses[ratio] = _loss(runner, wanted, "", parts, min(losses.values(), default=math.inf), pieces)
         return losses
 
     losses = tried(grid[::step], few)

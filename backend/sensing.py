@@ -20,9 +20,10 @@ from fxquant.patterns.annotate import annotate
 from fxquant.patterns.edges import Edge, insert
 from fxquant.patterns.transforms import equalize
 
-from .calibration import Maps, Runner, Session, Stage, compared, reads_decoder, runnable
+from .calibration import Maps, Runner, Session, Stage, compared, reads_decoder
 
 VALUES = 1 << 17  # that are kept of a site, and their weights
+PIECES = 8  # of a batch, one after another where that changes nothing: autograd keeps every activation of what it runs
 
 
 class _Sensed(nn.Module):
@@ -59,7 +60,7 @@ class SensingStage(Stage):
             return gm.graph.call_module(name, (x,))
 
         insert(gm, [edge for edge in annotate(gm, recipe, Fuel()).edges if edge.key in self._edges], write)
-        return runnable(gm, args)
+        return self._session.runnable(gm, args)
 
     def take(self, output: Tensor, share: int, generator: torch.Generator) -> None:
         """Go back from what was compared of one call, and keep ``share`` values of every edge with their weights.
@@ -90,7 +91,8 @@ class SensingStage(Stage):
     def ranges(self, start: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
         """The range of least weighted error of every edge, not above that of ``start``."""
         found = {}
-        for key, kept in self._kept.items():
+        for key in list(self._kept):
+            kept = self._kept.pop(key)
             x, weights = (torch.cat(parts).T.contiguous() for parts in zip(*kept, strict=True))
             lo, hi = start[key]
             form = self._edges[key].spec.format
@@ -103,12 +105,17 @@ class SensingStage(Stage):
 
 
 def sensed(
-    runner: Runner, maps: Maps, edges: Mapping[str, Edge], start: Mapping[str, tuple[Tensor, Tensor]], seed: int
+    runner: Runner,
+    maps: Maps,
+    edges: Mapping[str, Edge],
+    start: Mapping[str, tuple[Tensor, Tensor]],
+    seed: int,
+    pieces: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The range of each of ``edges``, by its effect on the output of all data, to first order."""
+    """The range of each of ``edges``, by its effect on the output of all data, a piece of a batch at a time, to first order."""
     stage = SensingStage(runner.session, maps, edges)
     runner.session.enter(stage)
-    generator, share = torch.Generator().manual_seed(seed), -(-VALUES // runner.parts)
-    for output in runner.run("what the output depends on", gradients=True):
+    generator, share = torch.Generator().manual_seed(seed), -(-VALUES // (runner.parts * pieces))
+    for output in runner.run("what the output depends on", gradients=True, pieces=pieces):
         stage.take(compared(*output), share, generator)
     return stage.ranges(start)

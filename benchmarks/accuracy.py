@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from dots import dots
 from measure import ROOT, heading, progress, table, write
-from tasks import TASKS, Examples, Task, outputs, sqnr
+from tasks import HEADS, TASKS, Examples, Task, outputs, sqnr
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -50,7 +50,8 @@ from fxquant.numerics.observer import Observer
 WIDTHS: Mapping[str, tuple[int, int]] = {"W8A8": (8, 8), "W6A6": (6, 6), "W4A8": (4, 8), "W4A4": (4, 4)}
 WEIGHTS_ALONE = {"W4A16": (4, 16)}  # of the scope "groups", which has no other widths
 
-Specs = dict[str, Spec]
+Specs = dict[str, Any]
+"""Fields of a recipe: a Spec of each role that is rounded, and what to leave alone."""
 Scope = Callable[[int, int, Observer], Specs]
 Method = Callable[[Scope, int, int], Recipe]
 
@@ -67,14 +68,14 @@ def linears(weights: int, activations: int, observer: Observer) -> Specs:
 
 
 def tokens(weights: int, activations: int, observer: Observer) -> Specs:
-    """The products with a weight alone: weights per channel of least error, each token's own asymmetric range."""
+    """As linears without the head, which peers.py leaves in floating point; each token has its own asymmetric range."""
     specs = linears(weights, activations, observer)
-    return specs | {"activations": Spec(IntAffine(activations, symmetric=False), PerToken())}
+    return specs | {"activations": Spec(IntAffine(activations, symmetric=False), PerToken()), "ignore": HEADS}
 
 
 def groups(weights: int, activations: int, observer: Observer) -> Specs:
-    """Weights alone, asymmetric in groups of 96 between their extremes: what divides SmolLM2's 576, as in peers.py."""
-    return {"weights": Spec(IntAffine(weights, symmetric=False), PerGroup(96))}
+    """Weights alone, the head's apart, asymmetric in groups of 96 (a divisor of SmolLM2's 576) between extremes: as peers."""
+    return {"weights": Spec(IntAffine(weights, symmetric=False), PerGroup(96)), "ignore": HEADS}
 
 
 SCOPES: Mapping[str, Scope] = {"linears": linears, "whole": whole, "tokens": tokens, "groups": groups}

@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 from measure import ROOT, heading, progress, table, write
-from tasks import TASKS, Batch, Task, collate, outputs, sqnr
+from tasks import HEADS, TASKS, Batch, Task, collate, outputs, sqnr
 from torch import Tensor, nn
 
-HEADS = ("classifier", "lm_head")
 Forward = Callable[..., Any]
 # Fixed shapes where the data allow them (500 = 25 * 20 images, 1 window), so that every export is the simplest there is.
 SIZES = {"sst2": 32, "vit": 20, "smollm2": 1}

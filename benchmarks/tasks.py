@@ -26,6 +26,7 @@ Batch = dict[str, Tensor]
 Metric = Callable[[Tensor, Tensor], float]
 LENGTH = 128  # of the longest texts [tokens]; few reach it
 WINDOW = 1024  # of the language model [tokens]
+HEADS = ("classifier", "lm_head")  # modules that every side of a comparison leaves in floating point
 
 
 class Examples(NamedTuple):

@@ -1,5 +1,8 @@
 """Calibration finds what the data shows, whatever the order and the padding; the model stays as it was; plans compile."""
 
+import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,9 @@ from fxquant import (
     TokenWise,
     calibrate,
 )
+from fxquant.backend import sensing
+from fxquant.backend.calibration import Runner, Session, _cut, returning_memory
+from fxquant.graph.fold import Unit
 from fxquant.graph.observe import tokens
 
 Batch = dict[str, torch.Tensor]
@@ -319,3 +325,78 @@ def test_tokens_are_told_from_padding_by_their_shape() -> None:
     assert torch.equal(tokens(heads, mask, merge_heads=False), kept.view(-1, 2))
     assert torch.equal(tokens(x[:, 0], mask, merge_heads=True), x[:, 0])
     assert torch.equal(tokens(x, None, merge_heads=True), x.view(6, 8))
+
+
+# ---- memory and passes
+
+
+def test_a_batch_is_cut_along_its_samples_or_not_at_all() -> None:
+    ids, mask = torch.arange(35).view(7, 5), torch.ones(7, 5)
+    named = _cut({"input_ids": ids, "attention_mask": mask, "use_cache": False}, 3)
+    assert [len(piece["input_ids"]) for piece in named] == [3, 3, 1]
+    assert all(len(piece["input_ids"]) == len(piece["attention_mask"]) and piece["use_cache"] is False for piece in named)
+    assert torch.equal(torch.cat([piece["input_ids"] for piece in named]), ids)
+    assert torch.equal(torch.cat([piece[1] for piece in _cut((ids, mask), 16)]), mask)
+    assert len(_cut(ids, 16)) == 7
+    for whole in ({"x": ids, "lengths": [5] * 7}, (ids, torch.ones(5)), (ids, torch.tensor(1.0)), {"depth": 3}):
+        assert _cut(whole, 3) == [whole]
+
+
+class Meeting(nn.Module):
+    """Samples that see each other: each loses the mean of all."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.linear, self._apart = nn.Linear(8, 8), apart
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y if self._apart else y - y.mean(0)
+
+
+@pytest.mark.parametrize(("apart", "pieces"), [(True, 3), (False, 1)])
+def test_samples_are_run_apart_where_they_do_not_see_each_other(apart: bool, pieces: int) -> None:
+    runner = Runner(Meeting(apart).eval(), [torch.randn(9, 8)], Session(static(MinMax())), lambda items, title: items)
+    assert runner.divisible(3) == pieces
+
+
+def test_sensing_has_one_piece_of_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[int] = []
+    take = sensing.SensingStage.take
+    monkeypatch.setattr(sensing.SensingStage, "take", lambda stage, y, *rest: (met.append(len(y)), take(stage, y, *rest))[1])
+    calibrate(bert(), batches(2), whole(TokenWise(ratio=1.0, fine=True), 4))
+    assert met == [1] * 8  # two batches of four
+
+
+def test_graphs_of_two_lengths_hold_their_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded: list[tuple[Any, ...]] = []
+    fold = Unit.fold
+    spelled = lambda unit, parameters: (unit.key, *map(id, parameters))  # noqa: E731
+    monkeypatch.setattr(Unit, "fold", lambda unit, given: (folded.append(spelled(unit, given)), fold(unit, given))[1])
+    for data in (batches(2)[:1], batches(2)):  # of 9 tokens; of 9 and of 10
+        folded.clear()
+        calibrate(bert(), data, whole(AverageMinMax(), 8, "migrate_gain"))
+        assert len(folded) == len(set(folded)) > 4
+
+
+@pytest.mark.parametrize(("recipe", "passes"), [("AWQ-W4A16", 1), ("SQ-W8A8", 2)])
+def test_data_is_watched_only_where_a_range_is_static(recipe: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    call = Runner._call
+    monkeypatch.setattr(Runner, "_call", lambda runner, batch: (calls.append(batch), call(runner, batch))[1])
+    plan = calibrate(bert(), batches(3), Recipe.preset(recipe))
+    assert len(calls) == 3 * passes and plan.sites
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set is glibc's")
+def test_memory_between_tensors_that_stay_goes_back() -> None:
+    def resident() -> int:
+        return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+    torch.ones(1 << 23)  # 32 MB that are freed: tensors up to that size now come from the heap, which keeps its holes
+    with returning_memory():
+        before = resident()
+        kept = [torch.ones(1 << 20) for _ in range(32)][::8]
+        grown = resident() - before
+    assert sum(t.nbytes for t in kept) == 16 << 20
+    assert grown < 32 << 20  # the 16 MB that are alive; 128 MB otherwise
