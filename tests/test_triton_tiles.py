@@ -211,16 +211,16 @@ def test_what_inductor_keeps_on_disk_is_not_found_for_other_kernels_or_tables(fo
         return gm
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiler)
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
     graph = graph_of(lambda x: x + 1, (3,))
-    for change in (lambda: None, lambda: tables.keep({W4A8: (slowest(), 1.0)}, H200), lambda: None):
-        change()
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        for change in (lambda: None, lambda: tables.keep({W4A8: (slowest(), 1.0)}, H200), lambda: None):
+            change()
+            compile_runtime(graph, {})
+        monkeypatch.setattr(tables, "_sources", lambda: "others")
         compile_runtime(graph, {})
-    monkeypatch.setattr(tables, "_sources", lambda: "others")
-    compile_runtime(graph, {})
+        assert torch.compiler.config.cache_key_tag == "mine"
     assert all(tag.startswith("mine fxquant ") for tag in seen)
     assert seen[0] != seen[1] == seen[2] != seen[3]
-    assert torch.compiler.config.cache_key_tag == "mine"
 
 
 def test_a_table_that_ships_is_of_these_kernels():

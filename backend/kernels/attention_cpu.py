@@ -70,7 +70,7 @@ def supports(node: fx.Node) -> Claim | Miss:
         return Miss("the number of keys is not that of the values")
     if m is not None and (m.dtype not in (torch.bool, q.dtype) or m.dim() > 4):
         return Miss(f"the mask is {m.dtype} with {m.dim()} axes")
-    if isinstance(q.shape[2], int) and q.shape[2] < FEWEST_QUERIES:  # of a symbolic number nothing is asked: it would be a guard
+    if isinstance(q.shape[2], int) and q.shape[2] < FEWEST_QUERIES:  # asking a symbolic one is a guard
         return Miss(f"{q.shape[2]} queries per head, {FEWEST_QUERIES} or more are needed")
     return Claim("attention (AVX512, float32 inside)")
 
