@@ -19,8 +19,6 @@ from .cpu import ops
 
 aten = torch.ops.aten
 
-aten = torch.ops.aten
-
 
 def fuse_products(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
     """Fuse every op that quantizes rows with the product whose rows they are; in place. Returns why some were not."""
