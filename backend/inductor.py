@@ -1,6 +1,9 @@
 """What no kernel of ours claims goes to Inductor, as a graph whose weights are ordinary inputs of static shape."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,6 +12,13 @@ from torch import fx
 from fxquant.graph.tidy import value
 
 from .triton import tables
+
+
+@lru_cache(1)
+def _cpu_ops() -> str:
+    """A hash of what the ops of the CPU say that they return."""
+    folder = Path(__file__).parent / "cpu"
+    return sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:12]
 
 
 def compile_runtime(gm: fx.GraphModule, patches: dict[str, Any] | Literal[False]) -> Callable[..., Sequence[Any]]:
@@ -21,8 +31,8 @@ def compile_runtime(gm: fx.GraphModule, patches: dict[str, Any] | Literal[False]
         return gm
     from torch._inductor.compile_fx import compile_fx
 
-    # Kernels are generated while Inductor traces; what it keeps on disk is keyed by the graph, which does not show them.
-    tag = f"{torch.compiler.config.cache_key_tag} fxquant {tables.state()}"
+    # What Inductor keeps on disk is keyed by the graph, which shows neither generated kernels nor what an op of ours is today.
+    tag = f"{torch.compiler.config.cache_key_tag} fxquant {_cpu_ops()} {tables.state()}"
     inputs = [value(node) for node in gm.graph.find_nodes(op="placeholder")]
     with torch.no_grad(), torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # of every config
         compiled = compile_fx(gm, inputs, config_patches=patches or None)

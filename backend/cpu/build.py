@@ -1,7 +1,7 @@
 """Compile the C++ kernels of this folder at first use, and keep the result in the user's cache.
 
 At first use rather than at install: the wheel stays one pure-Python file for every platform, and neither it nor an sdist needs
-a compiler to be installed. It takes seconds (13 of one processor, files side by side), once per machine. Without a compiler, or on a CPU without AVX512-VNNI, the kernels
+a compiler to be installed. It takes seconds, once per machine. Without a compiler, or on a CPU without AVX512-VNNI, the kernels
 that are written in PyTorch run instead, and ``explain`` says why. What AMX is for is compiled where the CPU has it, and used
 unless ``FXQUANT_CPU_ISA=vnni`` says not to. Safe for parallel processes: a library appears by an atomic rename. Only g++ by
 default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded.
