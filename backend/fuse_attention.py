@@ -82,8 +82,10 @@ def _operands(attention: fx.Node, rows: fx.Node) -> tuple[Heads, Heads, Heads] |
             return Miss("'{}' makes other heads than '{}'", part.product, 2, (part.product, query.product))
     if not same_sizes(value(codes).shape[:-1], (batch, length)):
         return Miss("the codes '{}' are not [B, L, K]", codes, 2, (codes,))
-    if any(next(writers_of(part.product), None) is not None for part in (query, key, val)):
-        return Miss("'{}' is written to", query.product, 2, (query.product,))
+    mask = attention.args[3]
+    for node in (query.product, key.product, val.product, *((mask,) if isinstance(mask, fx.Node) else ())):
+        if (writer := next(writers_of(node), None)) is not None:
+            return Miss("'{}' is written to by '{}', perhaps before the fused op would read it", node, 2, (node, writer))
     return query, key, val
 
 
@@ -118,9 +120,13 @@ def _heads(attention: fx.Node, node: Any) -> Heads | Miss:
 def _cut(node: Any) -> tuple[fx.Node, int] | None:
     """What ``node`` is a part of along the last axis, and where it begins."""
     if node.target is aten.slice.Tensor:
-        source, axis, first, *_ = (*node.args, 0, 0)[:3]
-        last_axis = axis % value(node).dim() == value(node).dim() - 1
-        return (source, first or 0) if last_axis and isinstance(first or 0, int) and _step(node) == 1 else None
+        source, axis, first = (*node.args, 0, 0)[:3]
+        size, first = value(source).shape[-1], first or 0
+        if axis % value(node).dim() != value(node).dim() - 1 or _step(node) != 1:
+            return None
+        if not isinstance(size, int) or not isinstance(first, int):
+            return None
+        return source, min(max(first + size if first < 0 else first, 0), size)
     if getattr(node.target, "__name__", "") == "getitem" and node.args[0].target is aten.split.Tensor:
         source, size, axis = (*node.args[0].args, 0)[:3]
         whole = value(source)

@@ -46,14 +46,15 @@ def _is_true(node: Any) -> bool:
 
 def _is_not_negative(node: Any) -> bool:
     if not isinstance(node, fx.Node):
-        return isinstance(node, int) and node >= 0
+        return isinstance(node, int) and 0 <= node < 1 << 31
     if node.target is aten.arange.default:
         return True
     if node.target in (aten.arange.start, aten.arange.start_step):
         step = node.args[2] if len(node.args) > 2 else 1
         return _is_not_negative(node.args[0]) and isinstance(step, int) and step > 0
     if node.target is aten.add.Tensor:
-        return not node.kwargs and not value(node).dtype.is_floating_point and all(map(_is_not_negative, node.args))
+        # 64 bits do not overflow here: counts of tokens, and small constants.
+        return not node.kwargs and value(node).dtype is torch.int64 and all(map(_is_not_negative, node.args))
     return _is_view(node) and _is_not_negative(node.args[0])
 
 

@@ -33,7 +33,7 @@ struct Columns {  // what the epilogue needs for sixteen outputs
 };
 
 // Sums are subtracted as 128 high + low, both of 16 bits, by one instruction; those of more inputs than this take three.
-constexpr int64_t MOST_INPUTS_IN_PAIRS = (1 << 22) / 127;
+constexpr int64_t MOST_INPUTS_IN_PAIRS = 1 << 15;
 
 inline __m512i pairs_of(__m512i sums) {
   return _mm512_mask_mov_epi16(_mm512_slli_epi32(_mm512_srai_epi32(sums, 7), 16), 0x55555555, _mm512_and_si512(sums, _mm512_set1_epi32(127)));

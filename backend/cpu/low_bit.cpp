@@ -127,6 +127,7 @@ struct Integer {
 #ifdef WITH_AMX
   // TILE rows, or all that there are if fewer. `count` is a multiple of 64.
   static void multiply_tiles(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
+    asm volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
     if (first) {
       _tile_zero(0);
       _tile_zero(1);

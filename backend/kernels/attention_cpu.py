@@ -36,14 +36,23 @@ def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
 
         # Token by token is how the next product reads it. Where strides can be seen they are those of the op replaced.
         seen = writes or bool(family(node) & leaving)
+        other = seen and not _token_by_token(value(node))
 
         def attention(
-            q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, causal: bool = is_causal, s: float = scale, seen: bool = seen
+            q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, causal: bool = is_causal, s: float = scale, other: bool = other
         ) -> Tensor:
             y: Tensor = ops.attention(q, k, v, m, causal, s)
-            return y.contiguous() if seen else y
+            return y.contiguous() if other else y
 
-        replace(gm, node, attention, query, key, val, mask if mask is None else essential_mask(mask))
+        if mask is not None and not writes:  # else what is true here may be written over, and what is left be read too late
+            mask = essential_mask(mask)
+        replace(gm, node, attention, query, key, val, mask)
+
+
+def _token_by_token(y: Tensor) -> bool:
+    """[B, H, L, D] that lies as [B, L, H, D], as PyTorch's fast attention leaves it."""
+    _, heads, length, width = y.shape
+    return same_sizes(y.stride(), (length * heads * width, width, heads * width, 1))
 
 
 def supports(node: fx.Node) -> Claim | Miss:
