@@ -308,23 +308,25 @@ def test_an_input_that_is_written_to_between_two_products_is_rounded_for_each(re
 
 
 class Heads(nn.Module):
-    """Returns what attention gives."""
+    """Returns what attention gives, of heads that lie in tokens or of heads that lie by themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, apart: bool) -> None:
         super().__init__()
-        self.project = nn.Linear(32, 32)
+        self.project, self.apart = nn.Linear(32, 32), apart
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self.project(x).view(2, 16, 4, 8).transpose(1, 2)
+        q = q.contiguous() if self.apart else q
         return nn.functional.scaled_dot_product_attention(q, q, q)
 
 
 @torch.no_grad()
-def test_attention_that_is_returned_can_be_viewed_as_before() -> None:
-    model, data = Heads().eval(), torch.randn(2, 16, 32)
-    got = compiled(model)(data)
-    assert got.stride() == (512, 128, 8, 1)
-    assert got.view(2, 4, -1).shape == (2, 4, 128)
+@pytest.mark.parametrize("apart", [False, True])
+def test_attention_that_is_returned_lies_as_without_us(apart: bool) -> None:
+    model, data = Heads(apart).eval(), torch.randn(2, 16, 32)
+    strides = model(data).stride()
+    assert strides == ((512, 128, 8, 1) if apart else (512, 8, 32, 1))
+    assert compiled(model)(data).stride() == strides
 
 
 def test_ranges_of_a_recipe_that_takes_none_and_of_sites_that_are_none_are_told() -> None:
