@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxquant.backend.triton import inspect
-from fxquant.backend.triton.cost import instructions, registers
+from fxquant.backend.triton.cost import by_groups, instructions, registers
 from fxquant.backend.triton.gpus import COMPILED as DEVICES
 from fxquant.backend.triton.inspect import CASES
 from fxquant.backend.triton.tile import candidates
@@ -50,7 +50,9 @@ def test_a_kernel_compiles_to_what_its_tile_was_chosen_for(case, on):
         assert any(op.startswith("LDG.E.128") for op in seen.loop)
         assert seen.per_weight(case.tokens) <= budget(on, bits)
         return
-    assert {8: ("IGMMA", "IMMA"), 16: ("HGMMA", "HMMA")}[activations][on.capability < 90] in families
+    hopper = by_groups(asked.choice.tile, on)  # what the model of the cost takes it for
+    assert {8: ("IMMA", "IGMMA"), 16: ("HMMA", "HGMMA")}[activations][hopper] in families
+    assert hopper or on.capability < 90 or case.name == "W8A8, M = 64, gated pair"  # a low tile, for more programs at a time
     assert any(re.match(r"LDGSTS.*\.128", op) for op in seen.loop)
     if case.tokens:  # packed, and the weight goes to the tensor cores without a stop in shared memory
         # Two stores are scales, in a tile where a thread does not load those that it needs.
