@@ -14,6 +14,7 @@ from torch import Tensor
 from fxquant.backend.cpu import build, ops
 from fxquant.backend.kernels import KERNELS
 from fxquant.backend.kernels.kernel import Kernel, Product, reference
+from fxquant.errors import FxquantError
 from fxquant.graph.match import Miss
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
@@ -198,6 +199,17 @@ def test_a_row_is_added_normalised_and_quantized(data: st.DataObject, m: int, k:
     by = min(by, 1e-5**-0.5)
     loss = (k + 8) * torch.finfo(torch.float32).eps * largest * by * gain * (1 + largest * by)
     torch.testing.assert_close(normed, expected, rtol=torch.finfo(dtype).eps, atol=loss + 1e-7)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+def test_operands_that_do_not_agree_are_refused(isa: str) -> None:
+    codes, weight = torch.zeros(4, 64, dtype=torch.uint8), torch.zeros(3, 64, dtype=torch.int8)
+    one, each = torch.ones(1), torch.ones(4, 1)
+    for scale, zero in ((each, one), (one, each), (torch.ones(3, 1), torch.ones(3, 1))):
+        with pytest.raises(FxquantError, match="the sizes do not agree"):
+            packed = (ops.pack_panels(weight), torch.ones(3), torch.zeros(3, dtype=torch.int32), None, 3)
+            ops.linear_on(isa, codes, scale, zero.int(), *packed, "none", torch.float32)
 
 
 @needs_library

@@ -250,58 +250,28 @@ def _normalize_rows(
     return out
 
 
-def linear_on(
-    isa: str,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """``linear`` on the instruction set ``isa``: "amx" or "vnni"; the same to the last bit."""
+def linear_on(isa: str, codes: Tensor, *args: Any) -> Tensor:
+    """``linear_reference`` on the instruction set ``isa``: "amx" or "vnni"; the same to the last bit."""
+    out_features, _, dtype = args[-3:]
     out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
-    given = (codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation, dtype)
-    product, _alive = _product(*given, out)
+    product, _alive = _product(codes, *args)
+    product.out = out.data_ptr()
     _multiply(product, None, isa)
     return out
 
 
-def linear_rows_on(
-    isa: str,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str,
-    dtype: torch.dtype,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    bits: int,
-    symmetric: bool,
-    keep_sum: bool,
-    keep_norm: bool,
-) -> Passed:
-    """``linear_rows`` on the instruction set ``isa``; the same to the last bit."""
-    beside = (residual, residual_scale, norm_weight, norm_bias)
-    residual, residual_scale, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in beside)
+def linear_rows_on(isa: str, codes: Tensor, *args: Any) -> Passed:
+    """``normalize_rows_reference`` of ``linear_reference`` on the instruction set ``isa``; the same to the last bit.
+
+    The arguments of the product, and behind them those of the pass over its rows.
+    """
+    of_product, (residual, residual_scale, norm, weight, bias, *how) = args[:9], args[9:]
+    out_features, _, dtype = of_product[-3:]
+    given = (residual, residual_scale, weight, bias)
+    residual, residual_scale, weight, bias = (None if t is None else t.contiguous() for t in given)
     shape = (*codes.shape[:-1], out_features)
-    how = (residual, residual_scale, norm, norm_weight, norm_bias, eps, bits, symmetric, keep_sum, keep_norm)
-    rows, out = _pass(codes, shape, dtype, *how)
-    given = (codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation, dtype)
-    product, _alive = _product(*given)
+    rows, out = _pass(codes, shape, dtype, residual, residual_scale, norm, weight, bias, *how)
+    product, _alive = _product(codes, *of_product)
     _multiply(product, rows, isa)
     return out
 
@@ -317,9 +287,8 @@ def _product(
     out_features: int,
     activation: str,
     dtype: torch.dtype,
-    out: Tensor | None = None,
 ) -> tuple[_Linear, tuple[Tensor | None, ...]]:
-    """What C++ is told of a product, and the tensors that it points to: keep them alive until it is done."""
+    """What C++ is told of a product, but for where it writes, and the tensors that it reads: keep them until it is done."""
     given = (codes, scale, zero_point, weight, weight_scale, sums, bias)
     codes, scale, zero_point, weight, weight_scale, sums = (t.contiguous() for t in given[:6] if t is not None)
     bias = bias.contiguous() if bias is not None else None
@@ -327,19 +296,21 @@ def _product(
     rows = codes.numel() // inner
     panels = (-(out_features // -PANEL), inner // 4, PANEL, 4)
     per_output = [t.numel() for t in (weight_scale, sums, bias) if t is not None]
-    if inner % DEPTH or weight.shape != panels or set(per_output) != {out_features} or scale.numel() not in (1, rows):
+    fits = scale.numel() in (1, rows) and zero_point.numel() == scale.numel()
+    if inner % DEPTH or weight.shape != panels or set(per_output) != {out_features} or not fits:
         raise FxquantError(
             f"a product of codes {list(codes.shape)} and panels {list(weight.shape)} to {out_features} outputs, of which "
-            f"{per_output} have scale, sum (and bias), and {scale.numel()} rows a scale: the sizes do not agree"
+            f"{per_output} have scale, sum (and bias), {scale.numel()} rows a scale and {zero_point.numel()} a zero point: the "
+            "sizes do not agree"
         )
     product = _Linear(
         codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), scale.numel() == rows,
         weight.data_ptr(), weight_scale.data_ptr(), sums.data_ptr(),
         None if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype],
-        None if out is None else out.data_ptr(), out_features, DTYPES[dtype], ACTIVATIONS.index(activation),
+        None, out_features, DTYPES[dtype], ACTIVATIONS.index(activation),
         rows, out_features, inner,
     )  # fmt: skip
-    return product, (codes, scale, zero_point, weight, weight_scale, sums, bias, out)
+    return product, (codes, scale, zero_point, weight, weight_scale, sums, bias)
 
 
 def _multiply(product: _Linear, passed: _Rows | None, isa: str) -> None:
