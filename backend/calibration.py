@@ -37,7 +37,7 @@ from fxquant.patterns.inputs import absorbs, linear_inputs
 from fxquant.patterns.measured import Measured
 from fxquant.patterns.transforms import equalize, get
 from fxquant.plan import Plan
-from fxquant.recipe import ROLES, Recipe
+from fxquant.recipe import Recipe
 
 from .simulate import Quantizer
 
@@ -546,8 +546,7 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
 
 def observes(recipe: Recipe) -> bool:
     """Whether a range of ``recipe`` may be one that data is watched for."""
-    specs = [getattr(recipe, role) for role in ROLES] + [override.spec for override in recipe.overrides]
-    return any(spec is not None and spec.observer is not None for spec in specs)
+    return any(spec.observer is not None for _, spec in recipe.specs())
 
 
 def _sites(session: Session) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxquant.numerics.granularity import PerTensor
 from fxquant.numerics.observers import TokenWise
-from fxquant.recipe import ROLES, Recipe
+from fxquant.recipe import Recipe
 
 from .calibration import COMPARED, Maps, ObservingStage, Progress, Runner, SimulatingStage, compared
 from .sensing import PIECES, sensed
@@ -85,8 +85,7 @@ def search(
 
 def searches(recipe: Recipe) -> bool:
     """Whether ``search`` will run the data: something of ``recipe`` is looked for, or learned, by the output."""
-    specs = [getattr(recipe, role) for role in ROLES] + [override.spec for override in recipe.overrides]
-    observers = [spec.observer for spec in specs if spec is not None]
+    observers = [spec.observer for _, spec in recipe.specs()]
     return any(o is not None and (o.learned or (isinstance(o, TokenWise) and o.ratio is None)) for o in observers)
 
 
@@ -97,9 +96,8 @@ def _set(quantizers: Mapping[str, Quantizer], ranges: Ranges) -> None:
 
 def _by_sample(recipe: Recipe, wanted: Sequence[Tensor]) -> bool:
     """What is rounded of a sample does not depend on the others, and nothing of ``wanted`` was left out for its size."""
-    specs = [getattr(recipe, role) for role in ROLES if role not in ("weights", "embeddings")]
-    specs += [override.spec for override in recipe.overrides]
-    together = any(s is not None and isinstance(s.granularity, PerTensor) and not s.is_static for s in specs)
+    specs = [spec for role, spec in recipe.specs() if role not in ("weights", "embeddings")]
+    together = any(isinstance(spec.granularity, PerTensor) and not spec.is_static for spec in specs)
     return not together and all(target.numel() <= COMPARED // 2 for target in wanted)
 
 

@@ -207,6 +207,11 @@ class Recipe:
                 return override.spec
         return getattr(self, role)  # type: ignore[no-any-return]  # a field of this name
 
+    def specs(self) -> list[tuple[str, Spec]]:
+        """(role, Spec) of all that is rounded at some site: the recipe's own, and those of its overrides."""
+        own = [(role, getattr(self, role)) for role in ROLES]
+        return [(role, spec) for role, spec in (*own, *((o.role, o.spec) for o in self.overrides)) if spec is not None]
+
     def given_range(self, site: str) -> tuple[float, float] | None:
         """(lo, hi) that ``ranges`` lists for ``site`` (a final ``.weight`` may be left out on either side), or None."""
         for listed, lo, hi in self.ranges:

@@ -17,7 +17,7 @@ from fxquant.numerics.formats import FORMATS
 from fxquant.numerics.granularity import GRANULARITIES, PerChannel, PerGroup, PerTensor, PerToken
 from fxquant.numerics.observers import AverageMinMax, MinMSE, TokenWise
 from fxquant.numerics.ranges import RANGES, Dynamic, Given
-from fxquant.recipe import Recipe, Spec
+from fxquant.recipe import Override, Recipe, Spec
 
 NAMES = {
     name: thing for module in (recipe_module, affine, granularity, ranges) for name, thing in vars(module).items()
@@ -271,3 +271,11 @@ def test_a_searched_range_travels_through_json():
 def test_static_ranges_are_per_tensor_in_the_preset():
     spec = Recipe.preset("W8A8-static").activations
     assert spec is not None and spec.granularity == PerTensor() and spec.is_static
+
+
+def test_specs_are_those_of_the_recipe_and_of_its_overrides() -> None:
+    recipe = Recipe.preset("W8A8")
+    own = [("weights", recipe.weights), ("activations", recipe.activations)]
+    assert recipe.specs() == own
+    changed = recipe.replace(overrides=(Override("head", "norms", recipe.activations), Override("tail", "weights", None)))
+    assert changed.specs() == [*own, ("norms", recipe.activations)]
