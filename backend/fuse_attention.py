@@ -11,16 +11,14 @@ from torch import Tensor, fx
 from fxquant.graph.effects import writers_of
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
-from fxquant.graph.rewrite import splice
+from fxquant.graph.rewrite import replace_outputs, splice
 from fxquant.graph.spelling import FAMILIES
 from fxquant.graph.tidy import operand, value
-from fxquant.patterns.canonical import erase
 from fxquant.patterns.linear import same_sizes
 
 from .cpu import ops
 
 aten = torch.ops.aten
-WHOLE = ops.PANEL  # a part of a product's outputs begins with a panel of weights
 
 
 class Heads(NamedTuple):
@@ -37,7 +35,7 @@ def fuse_attention(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
     misses: list[Miss] = []
     for rows in list(gm.graph.find_nodes(op="call_function", target=ops.quantize_rows)):
         attention = _attention(rows)
-        operands = attention if isinstance(attention, Miss) else _operands(attention, rows)
+        operands = attention if isinstance(attention, Miss) else _operands(attention)
         if isinstance(operands, Miss):
             misses.append(operands)
         elif fuel.take(f"fuse {rows.name} with the attention it reads"):
@@ -52,7 +50,7 @@ def _attention(rows: fx.Node) -> fx.Node | Miss:
     node = joined
     while FAMILIES.get(node.target) == "view" and _alone(node):
         node = node.args[0]
-    if node.target is not aten.transpose.int or {axis % 4 for axis in node.args[1:]} != {1, 2} or not _alone(node):
+    if not _swaps_heads_and_tokens(node) or not _alone(node):
         return Miss("'{}' does not put heads side by side", node, 0, (node,))
     attention = operand(node, 0)
     if attention.target is not ops.attention or not _alone(attention):
@@ -63,11 +61,15 @@ def _attention(rows: fx.Node) -> fx.Node | Miss:
     return attention
 
 
+def _swaps_heads_and_tokens(node: fx.Node) -> bool:
+    return node.target is aten.transpose.int and {axis % 4 for axis in node.args[1:]} == {1, 2}  # type: ignore[operator]  # ints
+
+
 def _alone(node: fx.Node) -> bool:
     return len(node.users) == 1
 
 
-def _operands(attention: fx.Node, rows: fx.Node) -> tuple[Heads, Heads, Heads] | Miss:
+def _operands(attention: fx.Node) -> tuple[Heads, Heads, Heads] | Miss:
     """Where queries, keys and values come from, if all come from the same codes and nobody else reads them."""
     found = [_heads(attention, node) for node in attention.args[:3]]
     for part in found:
@@ -91,14 +93,13 @@ def _operands(attention: fx.Node, rows: fx.Node) -> tuple[Heads, Heads, Heads] |
 
 def _heads(attention: fx.Node, node: Any) -> Heads | Miss:
     """``transpose(view(product))``, or of a part of the product."""
-    shape = value(node).shape
-    way = [node, node.args[0]]
-    if node.target is not aten.transpose.int or {axis % 4 for axis in node.args[1:]} != {1, 2}:
+    if not _swaps_heads_and_tokens(node):
         return Miss("'{}' is not the heads of a product: '{}' is no transpose", attention, 1, (node, node.target))
-    if FAMILIES.get(way[-1].target) != "view":
-        return Miss("'{}' is not the heads of a product: '{}' is no view", attention, 1, (node, way[-1].target))
-    source: Any = way[-1].args[0]
-    first, size = 0, shape[1] * shape[3]
+    split = operand(node, 0)
+    if FAMILIES.get(split.target) != "view":
+        return Miss("'{}' is not the heads of a product: '{}' is no view", attention, 1, (node, split.target))
+    (batch, heads, length, width), source, way = value(node).shape, operand(split, 0), [node, split]
+    first, size = 0, heads * width
     cut = _cut(source)
     if cut is not None:
         way.append(source)
@@ -110,11 +111,11 @@ def _heads(attention: fx.Node, node: Any) -> Heads | Miss:
     if cut is not None and any(user.target is not aten.split.Tensor and _cut(user) is None for user in source.users):
         return Miss("others than attention read '{}'", source, 2, (source,))
     outputs: Any = source.args[7]
-    if first % WHOLE or ((first + size) % WHOLE and first + size != outputs):
-        return Miss("'{}' begins or ends within {} outputs of '{}'", node, 2, (node, WHOLE, source))
-    if not same_sizes(value(source).shape[:-1], (shape[0], shape[2])):
+    if first % ops.PANEL or ((first + size) % ops.PANEL and first + size != outputs):
+        return Miss("'{}' begins or ends within a panel of {} outputs of '{}'", node, 2, (node, ops.PANEL, source))
+    if not same_sizes(value(source).shape[:-1], (batch, length)):
         return Miss("'{}' mixes the tokens of '{}'", node, 2, (node, source))
-    return Heads(source, first, first + size, shape[1])
+    return Heads(source, first, first + size, heads)
 
 
 def _cut(node: Any) -> tuple[fx.Node, int] | None:
@@ -122,7 +123,8 @@ def _cut(node: Any) -> tuple[fx.Node, int] | None:
     if node.target is aten.slice.Tensor:
         source, axis, first = (*node.args, 0, 0)[:3]
         size, first = value(source).shape[-1], first or 0
-        if axis % value(node).dim() != value(node).dim() - 1 or _step(node) != 1:
+        step = node.args[4] if len(node.args) > 4 else 1
+        if axis % value(node).dim() != value(node).dim() - 1 or step != 1:
             return None
         if not isinstance(size, int) or not isinstance(first, int):
             return None
@@ -132,10 +134,6 @@ def _cut(node: Any) -> tuple[fx.Node, int] | None:
         whole = value(source)
         return (source, size * node.args[1]) if axis % whole.dim() == whole.dim() - 1 and isinstance(size, int) else None
     return None
-
-
-def _step(node: fx.Node) -> Any:
-    return node.args[4] if len(node.args) > 4 else 1
 
 
 def _write(gm: fx.GraphModule, rows: fx.Node, attention: fx.Node, operands: tuple[Heads, Heads, Heads]) -> None:
@@ -152,10 +150,7 @@ def _write(gm: fx.GraphModule, rows: fx.Node, attention: fx.Node, operands: tupl
     memo = ("fuse_attention", tuple(parts), heads, dtype, is_causal, factor, bits, symmetric)
     given = [list(h.product.args[3:7]) for h in operands]
     new = splice(gm, rows, fused, list(product.args[:3]), given, mask, memo=memo)
-    for user in list(rows.users):
-        user.replace_all_uses_with(new[user.args[1]])
-        gm.graph.erase_node(user)
-    erase(gm, rows)
+    replace_outputs(gm, rows, new)
 
 
 def _part(weight: Any, first: int, last: int) -> list[Tensor | None]:
@@ -163,4 +158,5 @@ def _part(weight: Any, first: int, last: int) -> list[Tensor | None]:
     panels, scale, sums, bias = weight
     if (first, last) == (0, scale.shape[0]):
         return [panels, scale, sums, bias]
-    return [panels[first // WHOLE : -(last // -WHOLE)], *(None if t is None else t[first:last] for t in (scale, sums, bias))]
+    cut = (None if t is None else t[first:last] for t in (scale, sums, bias))
+    return [panels[first // ops.PANEL : -(last // -ops.PANEL)], *cut]

@@ -10,10 +10,9 @@ from torch import Tensor, fx
 from fxquant.graph.effects import writers_of
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Match, Miss, one_of, pattern
-from fxquant.graph.rewrite import splice
+from fxquant.graph.rewrite import erase, replace_outputs, splice
 from fxquant.graph.spelling import FAMILIES
 from fxquant.graph.tidy import value
-from fxquant.patterns.canonical import erase
 from fxquant.patterns.linear import same_sizes
 
 from .cpu import ops
@@ -131,10 +130,7 @@ def _write(gm: fx.GraphModule, quantize: fx.Node, match: Match) -> None:
         total.replace_all_uses_with(new[3], delete_user_cb=lambda user: user in readers)
     if keep_norm:
         normed.replace_all_uses_with(new[-1])
-    for user in list(quantize.users):
-        user.replace_all_uses_with(new[user.args[1]])
-        gm.graph.erase_node(user)
-    erase(gm, quantize)
+    replace_outputs(gm, quantize, new)
     if not normed._erased and not normed.users:
         erase(gm, normed)
 

@@ -10,9 +10,8 @@ from torch import Tensor, fx
 
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
-from fxquant.graph.rewrite import splice
+from fxquant.graph.rewrite import erase, replace_outputs, splice
 from fxquant.graph.tidy import value
-from fxquant.patterns.canonical import erase
 from fxquant.patterns.linear import same_sizes
 
 from .cpu import ops
@@ -90,9 +89,4 @@ def _write(gm: fx.GraphModule, rows: fx.Node, product: fx.Node) -> None:
 
     memo = ("fuse_products", norm, eps, *flags)
     new = splice(gm, rows, fused, list(product.args), residual, scale, weight, bias, memo=memo)
-    for user in list(rows.users):
-        user.replace_all_uses_with(new[user.args[1]])
-        gm.graph.erase_node(user)
-    erase(gm, rows)
-    if not product._erased and not product.users:
-        erase(gm, product)
+    replace_outputs(gm, rows, new)

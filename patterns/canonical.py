@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from fxquant.graph.effects import bases
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Match, Miss, Pattern
-from fxquant.graph.rewrite import splice
-from fxquant.graph.tidy import is_impure, tidy, value
+from fxquant.graph.rewrite import erase, splice
+from fxquant.graph.tidy import tidy, value
 from fxquant.graph.weights import depends_on_parameters_only
 
 from . import linear, mlp, norm, patches
@@ -94,18 +94,6 @@ def substitute(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Tensor], *ar
     node.replace_all_uses_with(new)
     erase(gm, node)
     return new
-
-
-def erase(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Erase ``node``, which nobody reads any more, and what only it read."""
-    queue = node.all_input_nodes
-    gm.graph.erase_node(node)
-    while queue:
-        here = queue.pop()
-        if here.users or is_impure(here) or here._erased:
-            continue
-        queue += here.all_input_nodes
-        gm.graph.erase_node(here)
 
 
 def _in(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Write a Python function into a graph: it is traced on the fake values of its arguments and its nodes are copied in."""
 
-from collections.abc import Callable, Hashable
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .capture import fake_mode_of, trace
-from .tidy import value
+from .tidy import is_impure, value
 
 # Set in the meta of every node that a rewrite wrote, so that folding can tell our weight algebra from the model's own.
 WRITTEN = "fxquant_written"
@@ -94,6 +95,27 @@ def replace(gm: fx.GraphModule, node: fx.Node, fn: Callable[..., Any], *args: An
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     return new
+
+
+def erase(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Erase ``node``, which nobody reads any more, and what only it read."""
+    queue = node.all_input_nodes
+    gm.graph.erase_node(node)
+    while queue:
+        here = queue.pop()
+        if here.users or is_impure(here) or here._erased:
+            continue
+        queue += here.all_input_nodes
+        gm.graph.erase_node(here)
+
+
+def replace_outputs(gm: fx.GraphModule, node: fx.Node, new: Sequence[fx.Node]) -> None:
+    """Let everybody who takes the output ``i`` of ``node`` read ``new[i]``, and erase it, and what only it read."""
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        user.replace_all_uses_with(new[user.args[1]])  # type: ignore[index]  # the number of an output
+        gm.graph.erase_node(user)
+    erase(gm, node)
 
 
 def _adopt_constant(gm: fx.GraphModule, source: fx.GraphModule, node: fx.Node) -> fx.Node:
