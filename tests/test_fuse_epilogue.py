@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fxquant.backend.kernels import KERNELS
 from fxquant.backend.lower import lower
 from fxquant.backend.triton import launch
-from fxquant.backend.triton.fuse_epilogue import BINARY, PRODUCTS, UNARY, arguments, fuse_epilogues
+from fxquant.backend.triton.fuse_epilogue import BINARY, GEMMS, UNARY, arguments, fuse_epilogues
 from fxquant.backend.triton.program import OPS, Program
 from fxquant.graph.fold import fold
 from fxquant.graph.fuel import Fuel
@@ -286,7 +286,7 @@ def test_halves_of_packed_weights_are_cut_with_their_scales(recipe: str) -> None
     before = run(gm, values)
     fuse_epilogues(gm, Fuel())
     gm.graph.lint()
-    (product,) = [node for node in gm.graph.nodes if node.target in PRODUCTS]
+    (product,) = [node for node in gm.graph.nodes if node.target in GEMMS]
     assert len(arguments(product)["weights"]) in (4, 6) and not ops(gm)["chunk"]
     assert distance(before, run(gm, values)) < (2e-3 if recipe.endswith("16") else 1e-6)
     assert not {"narrow", "slice", "clone"} & set(ops(fold(gm).runtime))  # cut once, with the weights

@@ -23,7 +23,7 @@ from .halves import halves_of
 from .program import Program, Step, kind_of, number_of
 
 aten = torch.ops.aten
-PRODUCTS = (torch.ops.fxquant.a8_gemm.default, torch.ops.fxquant.a16_gemm.default)
+GEMMS = (torch.ops.fxquant.a8_gemm.default, torch.ops.fxquant.a16_gemm.default)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LONGEST = 48  # steps; whatever is longer is no epilogue, and its operands would not fit the registers
 
@@ -76,7 +76,7 @@ def fuse_epilogues(gm: fx.GraphModule, fuel: Fuel) -> list[str]:
     A graph without products for a GPU, as every graph on a CPU is, stays as it is.
     """
     written = []
-    for product in [node for node in gm.graph.nodes if node.target in PRODUCTS]:
+    for product in [node for node in gm.graph.nodes if node.target in GEMMS]:
         if product._erased:
             continue
         halves = halves_of(gm, product, arguments(product))
@@ -205,7 +205,7 @@ class Region:
     def _join(self, end: fx.Node) -> bool:
         """Cover the chain from a second product of the same activations to ``end``, read by nobody else, if there is one."""
         chain = [end]
-        while chain[-1].target not in PRODUCTS:
+        while chain[-1].target not in GEMMS:
             here = chain[-1]
             if len(here.users) != 1 or not here.args or not isinstance(here.args[0], fx.Node):
                 return False

@@ -14,7 +14,7 @@ from fxquant.graph.tidy import value
 
 from ..kernels.kernel import SITES
 from . import row  # noqa: F401  (defines the ops)
-from .fuse_epilogue import PRODUCTS, arguments
+from .fuse_epilogue import GEMMS, arguments
 from .gemv import TOKENS
 from .program import Program, kind_of, number_of
 from .recording import Launch, launches, tile_of
@@ -27,7 +27,7 @@ ROWS = (ops.quantize_rows.default, ops.layer_norm_quantize.default, ops.rms_norm
 def written(gm: fx.GraphModule, paths: Mapping[str, str]) -> tuple[KernelCall, ...]:
     """The kernels of ``gm``, lowered and not yet folded, in its order; ``paths``: the weight's name of each site's key."""
     sites: dict[fx.Node, list[str]] = {}
-    for node in [node for node in gm.graph.nodes if node.target in PRODUCTS and value(node).device.type == "cuda"]:
+    for node in [node for node in gm.graph.nodes if node.target in GEMMS and value(node).device.type == "cuda"]:
         read = [paths[key] for key in node.meta.get(SITES, ()) if key in paths]
         source = _source(arguments(node).get("q"))
         for kernel in (source, node) if source is not None else (node,):
