@@ -55,8 +55,9 @@ def test_a_kernel_compiles_to_what_its_tile_was_chosen_for(case, on):
     assert hopper or on.capability < 90 or case.name == "W8A8, M = 64, gated pair"  # a low tile, for more programs at a time
     assert any(re.match(r"LDGSTS.*\.128", op) for op in seen.loop)
     if case.tokens:  # packed, and the weight goes to the tensor cores without a stop in shared memory
-        # Two stores are scales, in a tile where a thread does not load those that it needs.
-        assert sum(n for op, n in seen.loop.items() if op.startswith("STS")) <= 2
+        # Hopper's tiles of groups against int8 store scales there, where a thread does not load those that it needs.
+        scales = 2 if hopper and activations == 8 and "g128" in case.name else 0
+        assert sum(n for op, n in seen.loop.items() if op.startswith("STS")) <= scales
         if "NF4" in case.name:  # 16 entries cost more than the memory of an A100 or H200 gives time for (docs/gpu.md)
             assert seen.per_weight(case.tokens) * min(1, asked.choice.tile.bm / case.tokens) <= 6.6
         else:
