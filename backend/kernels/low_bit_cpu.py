@@ -36,15 +36,6 @@ def why_not(product: Product) -> str:
     return misfit(product, low_bit.MOST_INPUTS)
 
 
-def pack(weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-    """[N, K] -> weight int8 [N/64, G, bytes], scale float32 and terms int32 [N/64, G, 64]; low_bit.py has the layout."""
-    assert isinstance(spec.format, IntAffine)
-    qparams = spec.fit(weight)
-    scale, zero_point = (None if t is None else t.reshape(weight.shape[0], -1) for t in qparams)
-    assert scale is not None
-    return low_bit.pack(spec.encode(weight, qparams), scale, zero_point, spec.format.bits, group_size(spec, weight.shape[1]))
-
-
 def group_size(spec: Spec, inner: int) -> int:
     """How many of ``inner`` inputs share a scale."""
     return spec.granularity.size if isinstance(spec.granularity, PerGroup) else inner
@@ -58,10 +49,23 @@ def weight_arguments(packed: tuple[Tensor, ...], bias: Tensor | None, like: Prod
     return *packed, bias, spec.format.bits, group_size(spec, inner), outputs, epilogue, like.out_dtype
 
 
-class LowBitLinear:
-    """Activations of up to 8 bits, per token or tensor; weights of any width, symmetric or not, per channel or in groups."""
+class _LowBit:
+    """What both have in common: the packed weight, and what is applied to the result."""
 
     epilogues = ops.ACTIVATIONS[1:]
+
+    def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:
+        """[N, K] -> weight int8 [N/64, G, bytes], scale float32 and terms int32 [N/64, G, 64]; low_bit.py has the layout."""
+        assert isinstance(spec.format, IntAffine)
+        qparams = spec.fit(weight)
+        scale, zero_point = (None if t is None else t.reshape(weight.shape[0], -1) for t in qparams)
+        assert scale is not None
+        size = group_size(spec, weight.shape[1])
+        return low_bit.pack(spec.encode(weight, qparams), scale, zero_point, spec.format.bits, size)
+
+
+class LowBitLinear(_LowBit):
+    """Activations of up to 8 bits, per token or tensor; weights of any width, symmetric or not, per channel or in groups."""
 
     @property
     def name(self) -> str:
@@ -75,9 +79,6 @@ class LowBitLinear:
         if reason := why_not(product):
             return Miss(reason)
         return Claim(self.name)
-
-    def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        return pack(weight, spec)
 
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
         """[..., K] -> codes uint8 [..., K padded to 64], scale float32 and zero point int32, [..., 1] or []."""
@@ -93,11 +94,10 @@ class LowBitLinear:
         return y
 
 
-class LowBitFloatLinear:
+class LowBitFloatLinear(_LowBit):
     """Activations in floating point; weights of any width, symmetric or not, per channel or in groups."""
 
     name = "low-bit AVX512 (float x codes, fused epilogue)"
-    epilogues = ops.ACTIVATIONS[1:]
 
     def supports(self, product: Product) -> Claim | Miss:
         if product.activation is not None:
@@ -105,9 +105,6 @@ class LowBitFloatLinear:
         if reason := why_not(product):
             return Miss(reason)
         return Claim(self.name)
-
-    def pack(self, weight: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        return pack(weight, spec)
 
     def prologue(self, x: Tensor, spec: Spec) -> tuple[Tensor, ...]:
         raise AssertionError("activations stay in floating point")
