@@ -14,7 +14,7 @@ from fxquant.graph.match import Miss
 from fxquant.graph.rewrite import replace_outputs, splice
 from fxquant.graph.spelling import FAMILIES
 from fxquant.graph.tidy import operand, value
-from fxquant.patterns.linear import same_sizes
+from fxquant.patterns.linear import cuts_of, part_of, same_sizes
 
 from .cpu import ops
 
@@ -100,15 +100,15 @@ def _heads(attention: fx.Node, node: Any) -> Heads | Miss:
         return Miss("'{}' is not the heads of a product: '{}' is no view", attention, 1, (node, split.target))
     (batch, heads, length, width), source, way = value(node).shape, operand(split, 0), [node, split]
     first, size = 0, heads * width
-    cut = _cut(source)
+    cut = part_of(source)
     if cut is not None:
         way.append(source)
-        source, first = cut
+        source, first = cut.source, cut.first
     if source.target is not ops.linear or source.args[8] != "none":
         return Miss("'{}' is made by '{}', which is no integer product", node, 2, (node, source))
     if not all(map(_alone, way)) or (cut is None and not _alone(source)):
         return Miss("others read what '{}' is made of", node, 2, (node,))
-    if cut is not None and any(user.target is not aten.split.Tensor and _cut(user) is None for user in source.users):
+    if cut is not None and any(part_of(user) is None for user in cuts_of(source)):
         return Miss("others than attention read '{}'", source, 2, (source,))
     outputs: Any = source.args[7]
     if first % ops.PANEL or ((first + size) % ops.PANEL and first + size != outputs):
@@ -116,24 +116,6 @@ def _heads(attention: fx.Node, node: Any) -> Heads | Miss:
     if not same_sizes(value(source).shape[:-1], (batch, length)):
         return Miss("'{}' mixes the tokens of '{}'", node, 2, (node, source))
     return Heads(source, first, first + size, heads)
-
-
-def _cut(node: Any) -> tuple[fx.Node, int] | None:
-    """What ``node`` is a part of along the last axis, and where it begins."""
-    if node.target is aten.slice.Tensor:
-        source, axis, first = (*node.args, 0, 0)[:3]
-        size, first = value(source).shape[-1], first or 0
-        step = node.args[4] if len(node.args) > 4 else 1
-        if axis % value(node).dim() != value(node).dim() - 1 or step != 1:
-            return None
-        if not isinstance(size, int) or not isinstance(first, int):
-            return None
-        return source, min(max(first + size if first < 0 else first, 0), size)
-    if getattr(node.target, "__name__", "") == "getitem" and node.args[0].target is aten.split.Tensor:
-        source, size, axis = (*node.args[0].args, 0)[:3]
-        whole = value(source)
-        return (source, size * node.args[1]) if axis % whole.dim() == whole.dim() - 1 and isinstance(size, int) else None
-    return None
 
 
 def _write(gm: fx.GraphModule, rows: fx.Node, attention: fx.Node, operands: tuple[Heads, Heads, Heads]) -> None:

@@ -1,5 +1,6 @@
 """Products of an activation with a parameter: ``x W^T + b`` in all its spellings, and every other matrix product of weights."""
 
+import operator
 from collections.abc import Iterator
 from string import ascii_uppercase
 from typing import Any, NamedTuple
@@ -307,7 +308,52 @@ def split_linears(gm: fx.GraphModule) -> Iterator[Split]:
             yield Split(node, tuple(sorted(linears)))
 
 
-_CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.unbind.int)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
+
+
+class Part(NamedTuple):
+    """The channels ``first`` to ``last`` of ``source``, along its last axis."""
+
+    source: fx.Node
+    first: int
+    last: int
+
+
+def part_of(node: fx.Node) -> Part | None:
+    """What ``node``, a slice or an output of a split, is a part of along the last axis; None if that is not it or not fixed."""
+    args: Any = node.args
+    if node.target is aten.slice.Tensor:
+        given: list[Any] = [*args, *[0, None, None, 1][len(args) - 1 :]]
+        source, axis, first, last, step = given
+        size = value(source).shape[-1]
+        if not _is_last(axis, source) or step != 1 or not is_fixed((size, first or 0, last or 0)):
+            return None
+        first, last, _ = slice(first, last).indices(size)
+        return Part(source, first, max(first, last))
+    if node.target is not operator.getitem or args[0].target not in _SPLITS:
+        return None
+    (source, _, *axes), sizes = args[0].args, [part.shape[-1] for part in value(args[0])]
+    if not _is_last(axes[0] if axes else 0, source) or not is_fixed(sizes):
+        return None
+    first = sum(sizes[: args[1]])
+    return Part(source, first, first + sizes[args[1]])
+
+
+def _is_last(axis: int, node: fx.Node) -> bool:
+    return axis in (-1, value(node).dim() - 1)
+
+
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """The users of ``node`` but for those that ask for a size."""
+    return [user for user in node.users if user.target is not aten.sym_size.int]
+
+
+def cuts_of(node: fx.Node) -> list[fx.Node]:
+    """All that reads ``node``, with the outputs of a split in the place of the split."""
+    return [part for user in readers_of(node) for part in (user.users if user.target in _SPLITS else (user,))]
+
+
+_CUTS = (*_SPLITS, aten.unbind.int)
 _AXES = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default)
 
 

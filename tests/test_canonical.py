@@ -432,6 +432,31 @@ def test_split_and_fused_projections_are_told_apart() -> None:
     assert len(split.linears) == 3 and len(fused.parts) == 3 and fused.linear is split.linears[0]
 
 
+def parts_of(fn: Callable[..., Any], size: int) -> list[tuple[linear.Part | None, Tensor]]:
+    """What is said of each result of ``fn`` that is no input, and the result itself: of numbers [3, size] that all differ."""
+    x = torch.arange(3.0 * size).view(3, size)
+    gm = graph_of(fn, tuple(x.shape))
+    (results,) = gm.graph.output_node().args
+    pairs = zip(results, gm(x), strict=True)  # type: ignore[arg-type]  # a tuple of nodes
+    return [(linear.part_of(node), y) for node, y in pairs if node.op != "placeholder"]
+
+
+@given(st.none() | st.integers(-12, 12), st.none() | st.integers(-12, 12), st.integers(1, 4), st.integers(1, 6), st.booleans())
+def test_a_part_is_what_it_says_of_its_source(first: int | None, last: int | None, size: int, chunks: int, named: bool) -> None:
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        axis = -1 if named else 1
+        return (x[..., first:last], *x.split(size, axis), *x.chunk(chunks, axis), *x.split([2, 7], axis))
+
+    for part, y in parts_of(fn, 9):
+        assert part is not None and part.source.op == "placeholder"
+        assert torch.equal(torch.arange(27.0).view(3, 9)[:, part.first : part.last], y)
+
+
+def test_a_part_along_another_axis_or_in_steps_is_none() -> None:
+    found = parts_of(lambda x: (x[1:], *x.split(2), *x.unbind(), *x.unbind(1), x[:, ::2], x[:, 1]), 9)
+    assert len(found) == 1 + 2 + 3 + 9 + 2 and all(part is None for part, _ in found)
+
+
 # ---- the pass -------------------------------------------------------------------------------------------------------
 def both(x: Tensor, W: Tensor, B: Tensor) -> Tensor:
     return F.linear(torch.sigmoid(h := x @ W + B) * h, W) * torch.rsqrt(mean_square(x) + 1e-6)

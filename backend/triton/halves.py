@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from fxquant.graph.capture import fake_mode_of
 from fxquant.graph.rewrite import WRITTEN, splice
 from fxquant.graph.spelling import FAMILIES
 from fxquant.graph.tidy import value
-from fxquant.patterns.linear import same_sizes
+from fxquant.patterns.linear import cuts_of, part_of, readers_of, same_sizes
 
 from ..kernels.kernel import SITES
 from .program import Program, kind_of, number_of
 
 aten = torch.ops.aten
-SIZES = aten.sym_size.int
 
 
 class Halves:
@@ -46,7 +44,7 @@ class Halves:
 def halves_of(gm: fx.GraphModule, product: fx.Node, given: dict[str, Any]) -> Halves | None:
     """``product`` (its arguments: ``given``) written as two, if nothing reads it but its two halves along the last axis."""
     width, shown = value(product).shape[-1], product
-    while len(users := _readers(shown)) == 1 and FAMILIES.get(users[0].target) == "view":
+    while len(users := readers_of(shown)) == 1 and FAMILIES.get(users[0].target) == "view":
         if not same_sizes(value(users[0]).shape[-1:], (width,)):
             break
         shown = users[0]
@@ -60,39 +58,12 @@ def halves_of(gm: fx.GraphModule, product: fx.Node, given: dict[str, Any]) -> Ha
     return Halves(gm, product, given, shown, cut)
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """The users of ``node`` but for those that ask for a size."""
-    return [user for user in node.users if user.target is not SIZES]
-
-
 def _cut(node: fx.Node, width: int) -> list[fx.Node] | None:
     """The nodes of the lower and of the upper half of ``node`` [..., width], if these are all that reads it."""
-    half, last, readers = width // 2, value(node).dim() - 1, _readers(node)
-    if len(readers) == 1:
-        (reader,), parts = readers, {}
-        args = [*reader.args, 0][1:3]
-        said = {aten.chunk.default: 2, aten.split.Tensor: half, aten.split_with_sizes.default: [half, half]}
-        if reader.target not in said or args[0] != said[reader.target] or args[1] not in (-1, last):
-            return None
-        for user in reader.users:
-            if user.target is not operator.getitem or user.args[1] in parts:
-                return None
-            parts[user.args[1]] = user
-        return [parts[0], parts[1]] if set(parts) == {0, 1} else None
-    found: dict[int, fx.Node] = {}
-    for reader in readers:
-        if reader.target is not aten.slice.Tensor:
-            return None
-        given: list[Any] = [*reader.args, *[0, None, None, 1][len(reader.args) - 1 :]]
-        dim, start, end, step = given[1:]
-        start, end = start or 0, width if end is None else end
-        if dim not in (-1, last) or step != 1 or not isinstance(start, int) or not isinstance(end, int):
-            return None
-        low, high = (min(n if n >= 0 else n + width, width) for n in (start, end))
-        if (low, high) not in ((0, half), (half, width)) or low in found:
-            return None
-        found[low] = reader
-    return [found[0], found[half]] if len(found) == 2 else None
+    cuts = cuts_of(node)
+    found = {(part.first, part.last): cut for cut in cuts if (part := part_of(cut)) is not None}
+    halves = [found.get((0, width // 2)), found.get((width // 2, width))]
+    return [cut for cut in halves if cut is not None] if len(cuts) == 2 and None not in halves else None
 
 
 def _half(gm: fx.GraphModule, product: fx.Node, given: dict[str, Any], i: int) -> fx.Node:
