@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import ISAS, needs_library, on
 from torch import Tensor, fx, nn
 
-from fxquant.backend.cpu import build, ops
+from fxquant.backend.cpu import ops
 from fxquant.graph.tidy import value
 from fxquant.patterns.mask import essential_mask
 
-needs_library = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
-ISAS = ("vnni", "amx")[: 1 if build.why_not() else 1 + (build.isa() == "amx")]
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 MASKS = {
     "none": lambda b, h, n: None,
@@ -52,12 +51,12 @@ def test_it_is_three_ops_in_one_to_the_last_bit(
     mask = MASKS[kind](b, h, n)
     mask = mask.to(dtype) if mask is not None and mask.dtype is not torch.bool else mask
     causal = causal and mask is None
-    made = ops.attend_on(isa, *codes, *weights, h, dtype, mask, causal, 0.3, 8, symmetric)
+    made = on(isa, ops.attend, *codes, *weights, h, dtype, mask, causal, 0.3, 8, symmetric)
     q, k_, v = (
-        ops.linear_on(isa, *codes, *weight, h * d, "none", dtype).unflatten(-1, (h, d)).transpose(1, 2)
+        on(isa, ops.linear, *codes, *weight, h * d, "none", dtype).unflatten(-1, (h, d)).transpose(1, 2)
         for weight in zip(*weights, strict=True)
     )
-    mixed = ops.attention_on(isa, q, k_, v, mask, causal, 0.3) if b * n else q
+    mixed = on(isa, ops.attention, q, k_, v, mask, causal, 0.3) if b * n else q
     apart = ops.quantize_rows(mixed.transpose(1, 2).flatten(2), 8, symmetric)
     assert [tuple(t.shape) for t in made] == [(b, n, h * d + -(h * d) % ops.DEPTH), (b, n, 1), (b, n, 1)]
     for one, other in zip(made, apart, strict=True):
@@ -70,7 +69,7 @@ def test_its_meaning_in_plain_pytorch(isa: str) -> None:
     torch.manual_seed(0)
     codes, weights = operands(2, 40, 96, 128, True, torch.float32)
     mask = torch.rand(2, 1, 1, 40) > 0.3
-    one = ops.attend_on(isa, *codes, *weights, 4, torch.float32, mask, False, 0.2, 8, False)
+    one = on(isa, ops.attend, *codes, *weights, 4, torch.float32, mask, False, 0.2, 8, False)
     other = ops.attend_reference(*codes, *weights, 4, torch.float32, mask, False, 0.2, 8, False)
     a, b = ((c[0][..., :128].float() - c[2]) * c[1] for c in (one, other))
     assert (a - b).abs().max() <= other[1].max() * 1.01  # one code, where the two differ in the last bits before rounding
@@ -85,7 +84,7 @@ def test_codes_do_not_depend_on_the_number_of_threads(isa: str, b: int) -> None:
     threads, found = torch.get_num_threads(), []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        found.append(ops.attend_on(isa, *codes, *weights, 6, torch.float32, None, True, 0.2, 8, False))
+        found.append(on(isa, ops.attend, *codes, *weights, 6, torch.float32, None, True, 0.2, 8, False))
     torch.set_num_threads(threads)
     assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
 

@@ -7,18 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import ISAS, needs_library, on
 from torch import nn
 
 from fxquant.backend.cpu import build, ops
 
-pytestmark = pytest.mark.skipif(
-    bool(build.why_not()),
-    reason=f"no C++ kernels here: {build.why_not() or 'no AVX512-VNNI'}",
-)
+pytestmark = needs_library
 
 # Rounding of the result in its own type, and a few in float32; relative to the largest value, of which the result is a mean.
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-ISAS = ("vnni", "amx")[: 1 if build.why_not() else 1 + (build.isa() == "amx")]
 
 MASKS = {
     "none": lambda b, h, n, t: None,
@@ -70,7 +67,7 @@ def test_it_is_attention(
     mask = mask.to(dtype) if mask is not None and mask.dtype is not torch.bool else mask
     wide = mask if mask is None or mask.dtype is torch.bool else mask.double()
     for causal in (False, True) if mask is None else (False,):
-        y = ops.attention_on(isa, q, k, v, mask, causal, 1 / math.sqrt(d))
+        y = on(isa, ops.attention, q, k, v, mask, causal, 1 / math.sqrt(d))
         expected = ops.attention_reference(q.double(), k.double(), v.double(), wide, causal, 1 / math.sqrt(d))
         assert y.shape == expected.shape and y.dtype == dtype
         assert (y.double() - expected.nan_to_num()).abs().max() <= bound(isa, q, k, v, 1 / math.sqrt(d))
@@ -81,7 +78,7 @@ def test_a_row_that_is_masked_throughout_is_zero(isa: str) -> None:
     q = torch.randn(1, 1, 9, 8)
     mask = torch.ones(9, 9, dtype=torch.bool)
     mask[4] = False
-    y = ops.attention_on(isa, q, q, q, mask, False, 1.0)
+    y = on(isa, ops.attention, q, q, q, mask, False, 1.0)
     assert bool((y[0, 0, 4] == 0).all()) and bool((y[0, 0, 5] != 0).all())
 
 
@@ -89,7 +86,7 @@ def test_a_row_that_is_masked_throughout_is_zero(isa: str) -> None:
 def test_a_nan_stays_in_its_query(isa: str) -> None:
     q, kv = torch.randn(1, 1, 9, 8), torch.randn(1, 1, 20, 8)
     q[0, 0, 3, 2] = float("nan")
-    y = ops.attention_on(isa, q, kv, kv, None, False, 1.0)
+    y = on(isa, ops.attention, q, kv, kv, None, False, 1.0)
     assert y.isnan().any(-1).flatten().tolist() == [i == 3 for i in range(9)]
 
 
@@ -98,7 +95,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(isa: str) -> None:
     q, threads, found = torch.randn(1, 2, 200, 32), torch.get_num_threads(), []
     for number in (1, 2):
         torch.set_num_threads(number)
-        found.append(ops.attention_on(isa, q, q, q, None, True, 0.2))
+        found.append(on(isa, ops.attention, q, q, q, None, True, 0.2))
     torch.set_num_threads(threads)
     assert torch.equal(*found)
 

@@ -6,15 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import ISAS, needs_library, on
 from torch import Tensor
 
-from fxquant.backend.cpu import build, low_bit, ops
-from fxquant.errors import FxquantError
+from fxquant.backend.cpu import low_bit, ops
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerGroup
 
-pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
-ISAS = ("vnni", "amx")[: 1 if build.why_not() else 1 + (build.isa() == "amx")]
+pytestmark = needs_library
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # From one input to more than a chunk holds, sizes that fill no block among them.
@@ -72,7 +71,8 @@ def test_codes_take_their_bits_and_no_more(bits: int, bytes_each: float) -> None
 
 @given(weights(), st.sampled_from(FLOATS))
 def test_a_weight_is_decoded_to_the_last_bit_of_the_contract(weight: Weight, dtype: torch.dtype) -> None:
-    found = low_bit.decode(*weight.packed(), weight.bits, weight.size, torch.empty(weight.k, weight.n, dtype=dtype))
+    found = torch.empty(weight.k, weight.n, dtype=dtype)
+    low_bit.decode(*weight.packed(), weight.bits, weight.size, found)
     assert torch.equal(found.t(), weight.decoded(dtype))
 
 
@@ -86,7 +86,7 @@ def test_integers_are_exact(isa: str, weight: Weight, m: int, per_row: bool) -> 
     codes = torch.randint(0, most + 1, (m, weight.k), generator=generator, dtype=torch.uint8)
     zero = torch.randint(0, most + 1, (m, 1) if per_row else (), generator=generator, dtype=torch.int32)
     args = (codes, torch.full_like(zero, 2, dtype=torch.float32), zero, *weight.packed(scale), *weight.how())
-    found, wanted = low_bit.linear_u8_on(isa, *args), low_bit.linear_u8_reference(*args)
+    found, wanted = on(isa, low_bit.linear_u8, *args), low_bit.linear_u8_reference(*args)
     assert torch.equal(found, wanted)
 
 
@@ -112,17 +112,20 @@ def test_a_float_product_errs_by_its_roundings_alone(weight: Weight, m: int, dty
 def test_many_rows_meet_decoded_weights(weight: Weight, m: int, dtype: torch.dtype) -> None:
     """What rounds besides: the decoded weight, and the result before its bias, in ``dtype``."""
     x, bias = weight.rows(m).to(dtype), torch.randn(weight.n, generator=weight.generator)
-    few = dict(low_bit.MOST_ROWS)
-    low_bit.MOST_ROWS.update(dict.fromkeys(FLOATS, 0))
-    try:
-        y = low_bit.linear_float(x, *weight.packed(), *weight.how(bias, dtype=dtype))
-    finally:
-        low_bit.MOST_ROWS.update(few)
+    y = low_bit.linear_decoded(x, *weight.packed(), *weight.how(bias, dtype=dtype))
     values = weight.decoded(dtype).double()
     size = x.double().abs() @ values.abs().t() + bias.double().abs()
     assert y.dtype == dtype
     unit = (weight.k + 1) * 2.0**-24 + 3 * torch.finfo(dtype).eps
     assert bool(((y.double() - (x.double() @ values.t() + bias.double())).abs() <= unit * size + 1e-6).all())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_more_rows_than_registers_pay_for_meet_decoded_weights(dtype: torch.dtype) -> None:
+    weight = Weight(4, True, 70, 2, 32)
+    x, bias = weight.rows(300).to(dtype).view(3, 100, -1), torch.randn(70)
+    args = (x, *weight.packed(), *weight.how(bias, "gelu", dtype))
+    assert torch.equal(low_bit.linear_float(*args), low_bit.linear_decoded(*args))
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
@@ -162,7 +165,7 @@ def test_the_instruction_sets_agree_to_the_last_bit() -> None:
         weight = Weight(4, False, 100, 2, size)
         for m in (1, 3, 16, 17, 130):
             args = (*ops.quantize_rows(weight.rows(m), 8, False), *weight.packed(), *weight.how())
-            assert len({tuple(low_bit.linear_u8_on(isa, *args).flatten().tolist()) for isa in ISAS}) == 1
+            assert len({tuple(on(isa, low_bit.linear_u8, *args).flatten().tolist()) for isa in ISAS}) == 1
 
 
 @pytest.mark.parametrize("size", [5, 32])
@@ -192,7 +195,7 @@ def test_strides_and_leading_shapes_do_not_matter() -> None:
 
 def test_sizes_that_do_not_agree_are_refused() -> None:
     weight = Weight(4, True, 70, 2, 32)
-    with pytest.raises(FxquantError, match="sizes do not agree"):
+    with pytest.raises(RuntimeError, match="sizes do not agree"):
         low_bit.linear_float(weight.rows(2)[:, :60], *weight.packed(), *weight.how())
-    with pytest.raises(FxquantError, match="sizes do not agree"):
+    with pytest.raises(RuntimeError, match="sizes do not agree"):
         low_bit.linear_float(weight.rows(2), *weight.packed(), *weight.how(torch.zeros(69)))

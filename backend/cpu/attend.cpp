@@ -44,10 +44,7 @@ void attend_group(const Linear* products, const Attention& a, const Groups& grou
 
 }  // namespace
 
-// `products` make q, k and v [B L, H D] of the same codes; of `a` the sizes, the mask, the scale and the dtype are read.
-// Returns 0, or 1 if there was no memory.
-extern "C" int attend(const Linear* products, const Attention* given, const Rows* rows, int amx, int threads) {
-  const Attention& a = *given;
+int attend(const Linear* products, const Attention& a, const Rows& rows, int amx, int threads) {
   const Groups groups(a, amx);
   const int64_t size = element_size(a.dtype), sequence = a.L * a.H * a.D * size, row = (a.H * a.D + LANES) * sizeof(float);
   int failed = 0;
@@ -62,7 +59,7 @@ extern "C" int attend(const Linear* products, const Attention* given, const Rows
       for (int64_t b = 0; b < a.B; b++) {
         if (!memory) continue;
         for (int64_t group = 0; group < groups.count; group++) attend_group(products, a, groups, memory, b, group, out, amx);
-        for (int64_t l = 0; l < a.L; l++) pass_row(*rows, out + l * a.H * a.D * size, b * a.L + l, (float*)wide);
+        for (int64_t l = 0; l < a.L; l++) pass_row(rows, out + l * a.H * a.D * size, b * a.L + l, (float*)wide);
       }
     }
     return failed;
@@ -82,7 +79,7 @@ extern "C" int attend(const Linear* products, const Attention* given, const Rows
     }
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < a.B * a.L; m++)
-      if (memory) pass_row(*rows, out + m * a.H * a.D * size, m, (float*)(memory + groups.memory));
+      if (memory) pass_row(rows, out + m * a.H * a.D * size, m, (float*)(memory + groups.memory));
   }
   return failed;
 }

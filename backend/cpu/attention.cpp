@@ -171,11 +171,7 @@ void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int6
   band(a, space, b, h, first, count);
 }
 
-extern "C" {
-
-// q [B, H, L, D], k and v [B, G, T, D] with H a multiple of G; returns 0, or 1 if there was no memory.
-int attention(const Attention* given, int amx, int threads) {
-  const Attention& a = *given;
+int attention(const Attention& a, int amx, int threads) {
   const int64_t step = amx ? 32 : QUERIES, bytes = attention_bytes(a, amx);
   int64_t bands = 1;  // enough tasks for the threads, but copying keys and values must stay the smaller part
   while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 48) bands *= 2;
@@ -194,5 +190,4 @@ int attention(const Attention* given, int amx, int threads) {
     }
   }
   return failed;
-}
 }

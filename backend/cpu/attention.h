@@ -3,6 +3,9 @@
 #pragma once
 #include "simd.h"
 
+struct Linear;
+struct Rows;
+
 struct Attention {
   const char *q, *k, *v, *mask;
   char* out;
@@ -13,6 +16,13 @@ struct Attention {
   int causal;
   float scale;
 };
+
+// q [B, H, L, D], k and v [B, G, T, D] with H a multiple of G; returns 0, or 1 if there was no memory. attention.cpp.
+int attention(const Attention& a, int amx, int threads);
+
+// `products` make q, k and v [B L, H D] of the same codes; of `a` the sizes, the mask, the scale and the dtype are read.
+// Returns 0, or 1 if there was no memory. attend.cpp.
+int attend(const Linear* products, const Attention& a, const Rows& rows, int amx, int threads);
 
 // Queries `first` to `first + count` of one head, in `attention_bytes` of memory (attention.cpp); on AMX (attention_amx.cpp).
 void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count, int amx);

@@ -4,7 +4,8 @@ At first use rather than at install: the wheel stays one pure-Python file for ev
 a compiler to be installed. It takes seconds, once per machine. Without a compiler, or on a CPU without AVX512-VNNI, the kernels
 that are written in PyTorch run instead, and ``explain`` says why. What AMX is for is compiled where the CPU has it, and used
 unless ``FXQUANT_CPU_ISA=vnni`` says not to. Safe for parallel processes: a library appears by an atomic rename. Only g++ by
-default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded.
+default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded. The library registers the ops of ops.py for
+CPU tensors, through PyTorch's stable interface, whose headers come with PyTorch.
 """
 
 import ctypes
@@ -14,25 +15,33 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+
+import torch
 
 from fxquant.errors import FxquantError
 
 from .features import has_amx, has_avx512, has_vnni
 
 FOLDER = Path(__file__).parent
-HEADERS = ("simd.h", "activation.h", "linear.h", "memory.h", "rows.h", "attention.h", "tiles.h")
+TORCH = Path(torch.__file__).parent
+HEADERS = ("simd.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h", "attention.h", "tiles.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 AMX = (*AVX512_VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-DWITH_AMX")
 PLAIN = ("int8.cpp", "low_bit.cpp", "rows.cpp", "activation.cpp", "attention.cpp", "attend.cpp")
+OPS = ("-O1", *AVX512_VNNI, "-isystem", str(TORCH / "include"))
+LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu")  # which is loaded already
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # of each instruction set: what is compiled, and how
-    "vnni": dict.fromkeys(PLAIN, AVX512_VNNI),
+    "vnni": {**dict.fromkeys(PLAIN, AVX512_VNNI), "ops.cpp": OPS},
     "amx": {
         **dict.fromkeys(PLAIN, AVX512_VNNI),
         **dict.fromkeys(("int8.cpp", "low_bit.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX),
+        "ops.cpp": OPS,
     },
 }
 
@@ -52,19 +61,32 @@ def isa() -> str:
     failed = None
     if wanted != "vnni" and has_amx():
         try:
-            if _library("amx").amx_permission() == 0:
+            found = _library("amx")
+            if found.amx_permission() == 0:
+                found.use_amx(True)
+                found.register_ops()
                 return "amx"
         except CannotBuild as error:  # a compiler that is too old for AMX, perhaps
             failed = error
-    _library("vnni")
+    _library("vnni").register_ops()
     if failed is not None:
         warnings.warn(f"AMX is not used, though this CPU has it: {failed}", stacklevel=2)
     return "vnni"
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernels. Raises CannotBuild without a compiler, or if it fails."""
+    """The compiled kernels, of which the ops are made. Raises CannotBuild without a compiler, or if it fails."""
     return _library(isa())
+
+
+@contextmanager
+def using(isa: str) -> Iterator[None]:
+    """The ops on the instruction set ``isa``, "vnni" or one that the library is for, in all threads."""
+    before = library().use_amx(isa == "amx")
+    try:
+        yield
+    finally:
+        library().use_amx(before)
 
 
 @lru_cache(2)
@@ -75,7 +97,8 @@ def _library(isa: str) -> ctypes.CDLL:
     if not compiler:
         raise CannotBuild("there is no C++ compiler: install g++, or set CXX")
     text = b"".join((FOLDER / name).read_bytes() for name in (*SOURCES[isa], *HEADERS))
-    name = hashlib.sha256(text + f"{compiler} {FLAGS} {SOURCES[isa]} {_version(compiler)}".encode()).hexdigest()[:24]
+    made_by = f"{compiler} {FLAGS} {SOURCES[isa]} {_version(compiler)} {torch.__version__}"
+    name = hashlib.sha256(text + made_by.encode()).hexdigest()[:24]
     path = cache_folder() / f"cpu-{isa}-{name}.so"
     if path.exists():
         try:
@@ -120,7 +143,7 @@ def _compile(compiler: list[str], sources: dict[str, tuple[str, ...]], path: Pat
         # Compiled with OpenMP and linked without it: its symbols are those of the runtime that PyTorch has loaded.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, compile))
-        _run([*compiler, "-shared", *objects, "-o", str(built)])
+        _run([*compiler, "-shared", *objects, *LINK, "-o", str(built)])
         built.rename(path)
 
 

@@ -7,7 +7,6 @@
 // Rows are cut into bands for the threads; a band's product runs on AMX (int8_amx.cpp) or here, on AVX512-VNNI.
 
 #include "linear.h"
-#include "rows.h"
 
 namespace {
 
@@ -76,13 +75,7 @@ void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int6
   vnni_band(a, m, count, first, last);
 }
 
-extern "C" {
-
-// `amx` asks for tiles, which pay from FEWEST_ROWS_OF_AMX rows; the weights are packed alike, and the results are the same.
-// With `rows`, what is written is what they say of each row of the result, and the result itself stays in the cache.
-// Returns 0, or 1 if there was no memory.
-int linear(const Linear* given, const Rows* rows, int amx, int threads) {
-  const Linear& a = *given;
+int linear(const Linear& a, const Rows* rows, int amx, int threads) {
   const int64_t M = a.M, N = a.N, K = a.K;
   if (M == 0) return 0;
   auto band = vnni_band;
@@ -144,5 +137,4 @@ int linear(const Linear* given, const Rows* rows, int amx, int threads) {
     }
   }
   return failed;
-}
 }

@@ -5,6 +5,7 @@
 
 #pragma once
 #include "activation.h"
+#include "rows.h"
 
 constexpr int PANEL = 64, DEPTH = 64;
 
@@ -16,6 +17,11 @@ struct Linear {
   char* out; int64_t stride; int dtype; int activation;       // row m begins at element m * stride
   int64_t M, N, K;
 };
+
+// `amx` asks for tiles, which pay from FEWEST_ROWS_OF_AMX rows; the weights are packed alike, and the results are the same.
+// With `rows`, what is written is what they say of each row of the result, and the result itself stays in the cache.
+// Returns 0, or 1 if there was no memory. int8.cpp.
+int linear(const Linear& a, const Rows* rows, int amx, int threads);
 
 // Rows m to m + count times the panels `first` to `last`: on AMX (int8_amx.cpp), or on the best there is for so many rows (int8.cpp).
 void amx_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last);

@@ -11,8 +11,8 @@
 //
 // Groups are added in order, whatever the threads and the rows beside, so that neither changes a bit.
 
-#include "linear.h"
-#include "rows.h"
+#include "low_bit.h"
+#include "memory.h"
 #ifdef WITH_AMX
 #include "tiles.h"
 #endif
@@ -27,16 +27,6 @@ constexpr int TILE = 16, FEWEST_ROWS_OF_AMX = 3;
 constexpr int depth(int bits) { return bits > 4 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }  // inputs of a block
 
 constexpr int block_bytes(int bits) { return depth(bits) * PANEL / 8 * (bits > 4 ? 8 : bits); }
-
-struct LowBit {
-  const char* x; int x_dtype; int64_t x_stride;                // [M, K]; codes of u8, in rows of x_stride, or floats
-  const float* scale; const int32_t* zero; int64_t per_row;    // of u8 rows: [M] each, or one for all (per_row = 0)
-  const uint8_t* weight; const float* weight_scale; const int32_t* terms;  // [N/64][groups][...], and 64 numbers twice
-  int bits; int64_t size, groups;                              // K = size * groups
-  const char* bias; int bias_dtype;
-  char* out; int dtype, activation;
-  int64_t M, N;
-};
 
 // The intrinsic, without the copies that GCC 12 makes of every sum around it.
 inline void dpbusd(__m512i& sum, __m512i u8, __m512i s8) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8)); }
@@ -416,12 +406,9 @@ void decoded(const LowBit& a, int64_t panel) {
 
 }  // namespace
 
-extern "C" {
-
-// The weight alone, decoded as [K, N].
-void low_bit_decode(const LowBit* a, int threads) {
+void low_bit_decode(const LowBit& a, int threads) {
   const auto one = [&] {
-    switch (a->bits) {
+    switch (a.bits) {
       case 1: return decoded<1>;
       case 2: return decoded<2>;
       case 3: return decoded<3>;
@@ -430,16 +417,14 @@ void low_bit_decode(const LowBit* a, int threads) {
     }
   }();
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t panel = 0; panel < (a->N + PANEL - 1) / PANEL; panel++) one(*a, panel);
+  for (int64_t panel = 0; panel < (a.N + PANEL - 1) / PANEL; panel++) one(a, panel);
 }
 
-// Both return 0, or 1 if there was no memory. `amx` asks for tiles, which pay from FEWEST_ROWS_OF_AMX rows; the results are the same.
-int low_bit_integer(const LowBit* a, int amx, int threads) {
+int low_bit_integer(const LowBit& a, int amx, int threads) {
 #ifdef WITH_AMX
-  if (amx && a->M >= FEWEST_ROWS_OF_AMX) return run<Integer>(*a, true, threads);
+  if (amx && a.M >= FEWEST_ROWS_OF_AMX) return run<Integer>(a, true, threads);
 #endif
-  return run<Integer>(*a, false, threads);
+  return run<Integer>(a, false, threads);
 }
 
-int low_bit_float(const LowBit* a, int threads) { return run<Float>(*a, false, threads); }
-}
+int low_bit_float(const LowBit& a, int threads) { return run<Float>(a, false, threads); }

@@ -152,9 +152,7 @@ void pass_row(const Rows& r, const char* x, int64_t m, float* space) {
   }
 }
 
-// Rows [M, K] of x; returns 0, or 1 if there was no memory.
-extern "C" int quantize_rows(const char* x, int64_t M, const Rows* rows, int threads) {
-  const Rows& r = *rows;
+int quantize_rows(const char* x, int64_t M, const Rows& r, int threads) {
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (M * r.K > 16384) reduction(| : failed)
   {
