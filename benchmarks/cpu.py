@@ -3,6 +3,7 @@
     python benchmarks/cpu.py                                    # everything; the peers are those of peers-requirements.txt
     python benchmarks/cpu.py --section encoder --case "MiniLM 32x128"
     python benchmarks/cpu.py --section linear --rounds 30
+    python benchmarks/cpu.py --section decode --case "Llama 1B" --peer "Inductor bf16"      # 20 GB with both Inductors
 
 A side that cannot run here, or is not installed, is listed with the reason. Every case goes into build/benchmarks/cpu.json as
 soon as it is measured. Errors are relative, of the output, against float32.
@@ -114,6 +115,47 @@ class Square(nn.Module):
         return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=y)
 
 
+class Decode(nn.Module):
+    """A causal model that decodes the token behind ``past`` others; these are in a static cache of ``length`` tokens."""
+
+    def __init__(self, model: nn.Module, prompt: Tensor, length: int = 512) -> None:
+        super().__init__()
+        self.model, self.prompt, self.length, self.cache = model, prompt, length, None
+        self.config = model.config
+
+    def rewind(self) -> None:
+        """The cache as the prompt left it, in the dtype that the model has now."""
+        dtype = next(self.model.parameters()).dtype
+        if self.cache is None or self.cache.layers[0].dtype != dtype:
+            self.cache = transformers.StaticCache(self.config, self.length)
+            with torch.no_grad():
+                self.model(self.prompt, past_key_values=self.cache)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.prompt.shape[1])
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.model(input_ids, past_key_values=self.cache)
+
+
+def smollm2() -> nn.Module:
+    assets = shared_assets()
+    if assets is None:
+        raise SystemExit("SmolLM2 is read from ../shared/assets, which is not there (or set FXQUANT_ASSETS)")
+    model, tokenizer = assets.smollm2()
+    return Decode(model, tokenizer(assets.text("wikitext2/test.txt")[:2000], return_tensors="pt").input_ids[:, :128])
+
+
+def llama_1b() -> nn.Module:
+    """The shape of Llama 3.2 1B with random weights, in bfloat16."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return Decode(model, torch.randint(0, 128256, (1, 128)))
+
+
 def _rows(count: int, width: int = 4096) -> Batch:
     return {"x": torch.randn(count, width, generator=torch.Generator().manual_seed(0))}
 
@@ -132,6 +174,9 @@ def cases() -> Iterator[Case]:
     for rows in (1, 4, 16, 32):
         name = f"6 of 4096x4096, M={rows}, cold"
         yield Case("linear", name, partial(Square, copies=6), partial(_rows, rows), weights, cold=True)
+    token = partial(lambda: {"input_ids": torch.tensor([[100]])})
+    yield Case("decode", "SmolLM2", smollm2, token, ("W8A8", "W8A16", "W4A8", "W4A16"))
+    yield Case("decode", "Llama 1B", llama_1b, token, ("W8A8", "W8A16", "W4A8", "W4A16"))
     for rows in (128, 512, 2048):
         yield Case("linear", f"4096x4096, M={rows}", Square, partial(_rows, rows), ("W8A8", "W4A8"))
 
@@ -266,23 +311,36 @@ def measure(case: Case, peers: Mapping[str, Make], rounds: int, flush: Flush) ->
     """All sides of a case, in turn."""
     torch._dynamo.reset()
     model, batch = case.model(), case.batch()
-    with torch.no_grad():
-        wanted = Output(model)(**batch).float()
     makers: dict[str, Make] = {f"outlierq {recipe}": partial(ours, recipe=recipe) for recipe in case.recipes} | dict(peers)
     calls: dict[str, Call] = {}
     results: dict[str, Result] = {}
+    models = [model]
+
+    def rewind() -> None:
+        for one in models:
+            if isinstance(one, Decode):
+                one.rewind()
+
+    rewind()
+    with torch.no_grad():
+        wanted = Output(model)(**batch).float()
     for name, make in makers.items():
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                call = make(copy.deepcopy(model), batch)
+                # Weights that only ours read are shared; the others convert them in place.
+                shared = {id(p): p for p in model.parameters()} if name.startswith("outlierq") else {}
+                models.append(copy.deepcopy(model, shared))
+                rewind()
+                call = make(models[-1], batch)
+                rewind()
                 got = call().float()
             calls[name] = call
             results[name] = Result(None, float((got - wanted).norm() / wanted.norm()))
         except Exception as error:  # a peer that cannot do it is a result, too
             said = str(error).strip().splitlines() or [""]
             results[name] = Result(None, None, f"{type(error).__name__}: {said[0]}"[:200])
-    for name, taken in in_turn(calls, rounds, case.name, flush if case.cold else None).items():
+    for name, taken in in_turn(calls, rounds, case.name, lambda: (rewind(), case.cold and flush())).items():
         results[name] = Result(taken, results[name].error)
     return results
 

@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxquant.graph.effects import writers_between
 from fxquant.graph.match import Match, Miss, one_of, pattern
-from fxquant.graph.tidy import value
+from fxquant.graph.spelling import FAMILIES
+from fxquant.graph.tidy import operand, value
 from fxquant.graph.weights import depends_on_parameters_only
+
+from .linear import same_sizes
 
 aten = torch.ops.aten
 
@@ -115,3 +119,24 @@ def attentions(gm: fx.GraphModule) -> Iterator[Attention]:
     for node in gm.graph.nodes:
         if isinstance(found := attention(node), Attention):
             yield found
+
+
+def ungrouped(node: fx.Node, reader: fx.Node) -> fx.Node:
+    """The keys or values [B, G, T, D] of which ``node`` [B, G n, T, D] has every head n times, if ``reader`` finds them so.
+
+    Else ``node`` itself, as where they are written in place meanwhile. Grouped-query attention (Ainslie et al. 2023) is mostly
+    spelled so, for ops that know no groups.
+    """
+    repeated = operand(node, 0) if FAMILIES.get(node.target) == "view" else None
+    if repeated is None or repeated.target is not aten.expand.default:
+        return node
+    apart = operand(repeated, 0)
+    if apart.target is not aten.unsqueeze.default or apart.args[1] not in (2, -3):
+        return node
+    source = operand(apart, 0)
+    batch, groups, *each = value(source).shape
+    n = value(repeated).shape[2]
+    expected = (batch, groups, n, *each), (batch, groups * n, *each)
+    if len(each) != 2 or not all(same_sizes(value(x).shape, s) for x, s in zip((repeated, node), expected, strict=True)):
+        return node
+    return node if any(writers_between(source, source, reader)) else source

@@ -100,18 +100,64 @@ def test_sums_do_not_depend_on_the_number_of_threads(isa: str) -> None:
     assert torch.equal(*found)
 
 
+def test_few_queries_do_not_depend_on_the_number_of_threads() -> None:
+    threads, found = torch.get_num_threads(), []
+    q, k, v = torch.randn(2, 6, 3, 40), torch.randn(2, 2, 500, 40), torch.randn(2, 2, 500, 40)
+    mask = torch.rand(500) > 0.2
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        found.append(ops.attention(q, k, v, mask, False, 0.2))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+def test_what_lies_behind_the_last_key_in_sight_is_not_read() -> None:
+    q, k, v = torch.randn(2, 4, 2, 16), torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
+    mask = torch.zeros(2, 1, 2, 300, dtype=torch.bool)
+    mask[0, :, 0, 70], mask[0, :, 1, :20], mask[1, :, :, :130] = True, True, True
+    y = ops.attention(q, k, v, mask, False, 0.2)
+    k[0, :, 71:], v[0, :, 71:], k[1, :, 130:], v[1, :, 130:] = (float("nan"),) * 4
+    assert torch.equal(ops.attention(q, k, v, mask, False, 0.2), y)
+    mask[:] = False
+    assert ops.attention(q, k, v, mask, False, 0.2).count_nonzero() == 0
+
+
+def lowered(model: nn.Module, folder: Path, *inputs: torch.Tensor) -> tuple[torch.Tensor, str]:
+    torch._dynamo.reset()
+    model.compile(backend="outlierq", options={"inductor": False, "trace": str(folder)})
+    y = model(*inputs)
+    (stage,) = folder.glob("*/*_lowered.py")
+    return y, stage.read_text()
+
+
 @torch.no_grad()
-def test_the_pipeline_uses_it_where_there_are_queries_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("queries", [16, 1])
+def test_the_pipeline_uses_it(tmp_path: Path, queries: int) -> None:
     class Attention(nn.Module):
         def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    for queries, used in ((16, True), (4, False)):
-        torch._dynamo.reset()
-        model, folder = Attention().eval(), tmp_path / str(queries)
-        model.compile(backend="outlierq", options={"inductor": False, "trace": str(folder)})
-        q = torch.randn(1, 2, queries, 16)
-        expected = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-        assert (model(q, q, q) - expected).abs().max() <= bound(build.isa(), q, q, q, 1 / math.sqrt(16))
-        (lowered,) = folder.glob("*/*_lowered.py")
-        assert ("fxquant.attention" in lowered.read_text()) == used
+    q = torch.randn(1, 2, queries, 16)
+    y, text = lowered(Attention().eval(), tmp_path, q, q, q)
+    expected = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert (y - expected).abs().max() <= bound(build.isa(), q, q, q, 1 / math.sqrt(16))
+    assert "fxquant.attention" in text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("queries", [16, 1])
+@pytest.mark.parametrize("how", ["expand", "written meanwhile", "queries of one head"])
+def test_keys_that_heads_share_are_not_repeated(tmp_path: Path, queries: int, how: str) -> None:
+    class Grouped(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            axis = 1 if how == "queries of one head" else 2  # heads in another order are another repetition
+            keys, values = (t.unsqueeze(axis).expand(*t.shape[:axis], 3, *t.shape[axis:]).reshape(2, 6, 40, 16) for t in (k, v))
+            if how == "written meanwhile":
+                k.zero_()
+            return nn.functional.scaled_dot_product_attention(q, keys, values)
+
+    q, k, v = torch.randn(2, 6, queries, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    expected = Grouped()(q, k.clone(), v)
+    y, text = lowered(Grouped().eval(), tmp_path, q, k.clone(), v)
+    assert (y - expected).abs().max() <= bound(build.isa(), q, k, v, 1 / math.sqrt(16))
+    assert "fxquant.attention" in text and ("aten.expand" in text) == (how != "expand")

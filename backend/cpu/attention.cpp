@@ -1,5 +1,5 @@
 // Scaled dot-product attention for CPUs with AVX512, in float32 inside: softmax(q k^T scale + mask) v. With AMX a band of queries
-// goes to attention_amx.cpp instead.
+// goes to attention_amx.cpp instead, and a few queries of many keys to attention_few.cpp.
 //
 // A task is one head and a band of queries. Keys are copied as columns and values as float32 rows, once per task; six queries at
 // a time meet all their keys, so a row of scores is whole before its softmax: no rescaling, and the same sums on any number of
@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "memory.h"
+#include "softmax.h"
 
 namespace {
 
@@ -65,34 +66,6 @@ void mix(const float* p, int64_t stride, const float* values, int64_t width, int
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; j++) _mm512_store_ps(out + i * width + j * LANES, sum[i][j]);
-}
-
-// One row of scores becomes probabilities, zeros from `T` to the end of the row; a row that is masked throughout is all zeros.
-void softmax(const Attention& a, float* s, const char* mask, int64_t T, int64_t padded) {
-  __m512 largest = _mm512_set1_ps(-INFINITY);
-  const __m512 scale = _mm512_set1_ps(a.scale);
-  for (int64_t t = 0; t < T; t += LANES) {
-    __mmask16 lanes = tail(T - t);
-    __m512 x = _mm512_mul_ps(_mm512_load_ps(s + t), scale);
-    if (mask) x = _mm512_add_ps(x, mask_of(a, mask, t, lanes));
-    x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes, x);
-    largest = _mm512_max_ps(largest, x);
-    _mm512_store_ps(s + t, x);
-  }
-  float top = _mm512_reduce_max_ps(largest);
-  __m512 shift = _mm512_set1_ps(top == -INFINITY ? 0.0f : top), total = _mm512_setzero_ps();
-  for (int64_t t = 0; t < T; t += LANES) {
-    __m512 x = _mm512_load_ps(s + t);
-    __mmask16 off = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
-    x = _mm512_mask_mov_ps(exponential(_mm512_sub_ps(x, shift)), off, _mm512_setzero_ps());
-    total = _mm512_add_ps(total, x);
-    _mm512_store_ps(s + t, x);
-  }
-  float sum = _mm512_reduce_add_ps(total);
-  __m512 by = _mm512_set1_ps(sum == 0 ? 0.0f : 1.0f / sum);
-  int64_t t = 0;
-  for (; t < T; t += LANES) _mm512_store_ps(s + t, _mm512_mul_ps(_mm512_load_ps(s + t), by));
-  for (; t < padded; t += LANES) _mm512_store_ps(s + t, _mm512_setzero_ps());
 }
 
 template <int MR>
@@ -172,6 +145,7 @@ void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int6
 }
 
 int attention(const Attention& a, int amx, int threads) {
+  if (a.L < FEW && a.T > a.L) return attention_of_few(a, threads);
   const int64_t step = amx ? 32 : QUERIES, bytes = attention_bytes(a, amx);
   int64_t bands = 1;  // enough tasks for the threads, but copying keys and values must stay the smaller part
   while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 48) bands *= 2;

@@ -20,6 +20,10 @@ struct Attention {
 // q [B, H, L, D], k and v [B, G, T, D] with H a multiple of G; returns 0, or 1 if there was no memory. attention.cpp.
 int attention(const Attention& a, int amx, int threads);
 
+// The same for fewer than FEW queries, which read keys and values where they lie. attention_few.cpp.
+constexpr int FEW = 8;
+int attention_of_few(const Attention& a, int threads);
+
 // `products` make q, k and v [B L, H D] of the same codes; of `a` the sizes, the mask, the scale and the dtype are read.
 // Returns 0, or 1 if there was no memory. attend.cpp.
 int attend(const Linear* products, const Attention& a, const Rows& rows, int amx, int threads);

@@ -29,11 +29,11 @@ from .features import has_amx, has_avx512, has_vnni
 
 FOLDER = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
-HEADERS = ("simd.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h", "attention.h", "tiles.h")
+HEADERS = ("simd.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h", "attention.h", "softmax.h", "tiles.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 AMX = (*AVX512_VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-DWITH_AMX")
-PLAIN = ("int8.cpp", "low_bit.cpp", "rows.cpp", "activation.cpp", "attention.cpp", "attend.cpp")
+PLAIN = ("int8.cpp", "low_bit.cpp", "rows.cpp", "activation.cpp", "attention.cpp", "attention_few.cpp", "attend.cpp")
 OPS = ("-O1", *AVX512_VNNI, "-isystem", str(TORCH / "include"))
 LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu")  # which is loaded already
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # of each instruction set: what is compiled, and how

@@ -19,6 +19,10 @@
 #include <tuple>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // in older headers
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace {
 
 using torch::stable::Tensor;

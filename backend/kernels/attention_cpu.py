@@ -13,6 +13,7 @@ from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
 from fxquant.graph.rewrite import replace
 from fxquant.graph.tidy import is_impure, value
+from fxquant.patterns.attention import ungrouped
 from fxquant.patterns.linear import same_sizes
 from fxquant.patterns.mask import essential_mask
 
@@ -20,7 +21,6 @@ from ..cpu import build, ops
 from .kernel import Claim
 
 aten = torch.ops.aten
-FEWEST_QUERIES = 8  # keys are copied once per call, which fewer queries do not pay back
 
 
 def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
@@ -50,9 +50,11 @@ def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
 
 
 def _token_by_token(y: Tensor) -> bool:
-    """[B, H, L, D] that lies as [B, L, H, D], as PyTorch's fast attention leaves it."""
+    """[B, H, L, D] that lies as [B, L, H, D], as PyTorch's fast attention leaves it; an axis of one has any stride."""
     _, heads, length, width = y.shape
-    return same_sizes(y.stride(), (length * heads * width, width, heads * width, 1))
+    wanted = (length * heads * width, width, heads * width, 1)
+    told = [(found, s) for found, s, size in zip(y.stride(), wanted, y.shape, strict=True) if not same_sizes((size,), (1,))]
+    return same_sizes(*zip(*told, strict=True)) if told else True
 
 
 def supports(node: fx.Node) -> Claim | Miss:
@@ -79,12 +81,15 @@ def supports(node: fx.Node) -> Claim | Miss:
         return Miss("the number of keys is not that of the values")
     if m is not None and (m.dtype not in (torch.bool, q.dtype) or m.dim() > 4):
         return Miss(f"the mask is {m.dtype} with {m.dim()} axes")
-    if isinstance(q.shape[2], int) and q.shape[2] < FEWEST_QUERIES:  # asking a symbolic one is a guard
-        return Miss(f"{q.shape[2]} queries per head, {FEWEST_QUERIES} or more are needed")
     return Claim("attention (AVX512, float32 inside)")
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, float, bool]:
+    """Query, key, value, mask, dropout and causality; keys and values once per group of heads, where the heads repeat them."""
     given = [*node.args, *(None, 0.0, False)[len(node.args) - 3 :]]
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    return tuple(node.kwargs.get(name, given[i]) for i, name in enumerate(names))  # type: ignore[return-value]  # by the op's schema
+    query, key, val, *rest = (node.kwargs.get(name, given[i]) for i, name in enumerate(names))
+    once = ungrouped(key, node), ungrouped(val, node)
+    if same_sizes(*(value(n).shape[1:2] for n in once)):
+        key, val = once
+    return query, key, val, *rest  # type: ignore[return-value]  # by the op's schema

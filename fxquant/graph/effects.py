@@ -17,6 +17,11 @@ def writers_of(node: fx.Node) -> Iterator[fx.Node]:
                 yield user
 
 
+def writers_between(node: fx.Node, first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """Those of them behind ``first`` and before ``last``."""
+    return (writer for writer in writers_of(node) if first < writer < last)
+
+
 def family(node: fx.Node) -> set[fx.Node]:
     """``node`` and every node that may share its memory: its bases, their views, and so on."""
     found: set[fx.Node] = set()

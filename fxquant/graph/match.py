@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .capture import trace
-from .effects import writers_of
+from .effects import writers_between, writers_of
 from .spelling import CASTS, MEMBERS, PRODUCTS, SUMS, Call, Product, Sum, Through, spell, widens
 from .tidy import tidy, value
 
@@ -390,9 +390,8 @@ def _forbidden(match: Match) -> Miss | None:
     first = min(match.covered | match.crossed)  # a copy has what its source held when it was made
     for node in (*match.bindings.values(), *match.crossed):
         if isinstance(node, fx.Node):
-            for writer in writers_of(node):
-                if first < writer < match.root:
-                    return Miss("'{}' is written in place by '{}' meanwhile", node, 0, (node, writer))
+            for writer in writers_between(node, first, match.root):
+                return Miss("'{}' is written in place by '{}' meanwhile", node, 0, (node, writer))
     return None
 
 
