@@ -1,4 +1,4 @@
-"""``quantize_rows(linear(x))`` and ``quantize_rows(norm(linear(x) + residual))`` become one op, on a CPU.
+"""``quantize_rows`` of ``linear(x)``, ``norm(linear(x) + residual)`` or ``act(linear(x)) * linear(x)``: one op, on a CPU.
 
 The result of the product is finished, row by row, while it is in the cache: it is never written to memory.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
 from fxquant.graph.rewrite import erase, replace_outputs, splice
-from fxquant.graph.tidy import value
+from fxquant.graph.tidy import operand, value
 from fxquant.patterns.linear import same_sizes
 
 from .cpu import ops
@@ -28,6 +28,12 @@ def fuse_products(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
             other = rows.args[1] if shortcut is rows.args[0] else rows.args[0]
             rows.args = (other, *shortcut.args, *rows.args[3:])
             erase(gm, shortcut)
+    for rows in list(gm.graph.find_nodes(op="call_function", target=ops.quantize_rows)):
+        pair = _gate_and_up(rows)
+        if isinstance(pair, Miss):
+            misses.append(pair)
+        elif fuel.take(f"fuse {rows.name} with the gated product it reads"):
+            _write_gated(gm, rows, *pair)
     for target in (ops.quantize_rows, ops.normalize_rows):
         for rows in list(gm.graph.find_nodes(op="call_function", target=target)):
             product = _product(rows)
@@ -51,6 +57,29 @@ def _product(rows: fx.Node) -> fx.Node | Miss:
         else:
             return x
     return max(misses, key=lambda miss: miss.depth)
+
+
+def _gate_and_up(rows: fx.Node) -> tuple[fx.Node, fx.Node] | Miss:
+    """The two products of the same codes whose product ``rows`` quantizes; nobody else reads either."""
+    product = operand(rows, 0)
+    if product.target is not aten.mul.Tensor or len(product.users) > 1:
+        return Miss("'{}' is no product of two that only '{}' reads", product, 0, (product, rows))
+    gate, up = product.args
+    for node in (gate, up):
+        if not isinstance(node, fx.Node) or node.target is not ops.linear or len(node.users) > 1:
+            return Miss("'{}' is no integer product that only '{}' reads", product, 0, (node, product))
+        if value(node).dtype is not value(product).dtype or not same_sizes(value(node).shape, value(product).shape):
+            return Miss("'{}' is broadcast, or of another dtype than '{}'", node, 1, (node, product))
+    assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
+    if up.args[8] != "none":
+        gate, up = up, gate
+    if gate is up or up.args[8] != "none" or gate.args[:3] != up.args[:3]:
+        return Miss("'{}' and '{}' are no gate and what it lets through, of the same codes", gate, 1, (gate, up))
+    kinds = {None if node.args[6] is None else value(node.args[6]).dtype for node in (gate, up)}
+    if len(kinds) > 1 or value(gate).shape[-1] % ops.PANEL:
+        details = (gate, up, kinds, gate.args[7], ops.PANEL)
+        return Miss("'{}' and '{}' cannot be joined: biases are {}, and {} outputs are no multiple of {}", gate, 2, details)
+    return gate, up
 
 
 def _operands(rows: fx.Node) -> list[fx.Node]:
@@ -89,4 +118,16 @@ def _write(gm: fx.GraphModule, rows: fx.Node, product: fx.Node) -> None:
 
     memo = ("fuse_products", norm, eps, *flags)
     new = splice(gm, rows, fused, list(product.args), residual, scale, weight, bias, memo=memo)
+    replace_outputs(gm, rows, new)
+
+
+def _write_gated(gm: fx.GraphModule, rows: fx.Node, gate: fx.Node, up: fx.Node) -> None:
+    flags = (*gate.args[7:], *rows.args[1:])  # number of outputs, activation, dtype; bits and symmetry
+
+    def fused(codes: Any, *parts: Any) -> list[Tensor]:
+        joined = (None if parts[0][i] is None else torch.cat([part[i] for part in parts]) for i in range(4))
+        return list(ops.linear_gated(*codes, *joined, *flags))
+
+    weights = [list(node.args[3:7]) for node in (gate, up)]
+    new = splice(gm, rows, fused, list(gate.args[:3]), *weights, memo=("fuse_products", "gated", *flags))
     replace_outputs(gm, rows, new)

@@ -210,18 +210,21 @@ def _checked(model: nn.Module, batch: Batch) -> Call:
     return call
 
 
+FROZEN = {"freezing": True, "size_asserts": False, "alignment_asserts": False}
+
+
 def inductor(model: nn.Module, batch: Batch, dtype: torch.dtype) -> Call:
-    """Frozen weights: packed once, as ours are."""
+    """Frozen weights, packed once as ours are, and no assertions, as with ours."""
     model = Output(model.to(dtype))
     given = {n: c.to(dtype) if c.is_floating_point() else c for n, c in batch.items()}
-    return partial(torch.compile(model, options={"freezing": True}), **given)
+    return partial(torch.compile(model, options=FROZEN), **given)
 
 
 def torchao_dynamic(model: nn.Module, batch: Batch) -> Call:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
-    return partial(torch.compile(Output(model), options={"freezing": True}), **batch)
+    return partial(torch.compile(Output(model), options=FROZEN), **batch)
 
 
 def torchao_static(model: nn.Module, batch: Batch) -> Call:
@@ -234,7 +237,7 @@ def torchao_static(model: nn.Module, batch: Batch) -> Call:
     prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
     with torch.no_grad():
         prepared(**batch)
-    return partial(torch.compile(convert_pt2e(prepared), options={"freezing": True}), **batch)
+    return partial(torch.compile(convert_pt2e(prepared), options=FROZEN), **batch)
 
 
 def _onnx(model: nn.Module, batch: Batch, folder: str) -> str:

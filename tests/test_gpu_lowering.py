@@ -561,6 +561,35 @@ def test_on_a_cpu_the_scale_that_a_transform_leaves_on_a_shortcut_goes_along() -
     assert torch.equal(*run(gm, data(gm)), *apart)
 
 
+GATED = {  # block -> whether it becomes one op
+    "gate first": (lambda x, WG, WU, WD: F.linear(F.silu(F.linear(x, WG)) * F.linear(x, WU), WD), True),
+    "gate last": (lambda x, WG, WU, WD: F.linear(F.linear(x, WU) * F.gelu(F.linear(x, WG)), WD), True),
+    "no activation": (lambda x, WG, WU, WD: F.linear(F.linear(x, WG) * F.linear(x, WU), WD), True),
+    "two activations": (lambda x, WG, WU, WD: F.linear(F.silu(F.linear(x, WG)) * F.silu(F.linear(x, WU)), WD), False),
+    "other codes": (lambda x, WG, WU, WD: F.linear(F.silu(F.linear(x.sin(), WG)) * F.linear(x, WU), WD), False),
+    "broadcast": (lambda x, WG, WU, WD: F.linear(F.silu(F.linear(x, WG)) * F.linear(x[:1], WU), WD), False),
+    "the square of one": (lambda x, WG, WU, WD: F.linear((y := F.linear(x, WG)) * y, WD) + F.linear(x, WU)[..., :D], False),
+    "read by others": (lambda x, WG, WU, WD: ((y := F.silu(F.linear(x, WG))).sum(), F.linear(y * F.linear(x, WU), WD)), False),
+    "one bias": (lambda x, WG, WU, BU, WD: F.linear(F.silu(F.linear(x, WG)) * F.linear(x, WU, BU), WD), False),
+    "two biases": (lambda x, WG, WU, BU, WD: F.linear(F.silu(F.linear(x, WG, BU)) * F.linear(x, WU, BU), WD), True),
+}
+
+
+@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
+@pytest.mark.parametrize("block", GATED)
+def test_on_a_cpu_a_gate_what_it_lets_through_and_their_codes_become_one_op(block: str) -> None:
+    fn, fuses = GATED[block]
+    gm = quantized(fn, "cpu", recipe="W8A8", dynamic=False)
+    lower(gm, KERNELS, Fuel())
+    before = run(gm, data(gm))
+    misses = fuse_products(gm, Fuel())
+    gm.graph.lint()
+    gm.recompile()
+    assert ops(gm)["linear_gated_u8s8"] == fuses
+    assert fuses or any(miss.reason for miss in misses)
+    assert all(map(torch.equal, run(gm, data(gm)), before))
+
+
 def test_a_product_that_others_read_too_is_not_fused_and_says_why() -> None:
     def block(x, WU, WO):
         y = F.linear(x, WU)

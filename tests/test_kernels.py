@@ -242,18 +242,49 @@ def test_a_product_that_ends_in_codes_is_the_product_and_then_the_codes_to_the_l
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
+@given(
+    st.integers(0, 300), st.integers(1, 100), st.integers(1, 4), st.booleans(), st.sampled_from(ops.ACTIVATIONS), FLOATS,
+    st.integers(2, 8), st.booleans(), st.integers(0, 2**16),
+)  # fmt: skip
+def test_a_gated_product_is_two_products_one_times_the_other_and_then_the_codes_to_the_last_bit(
+    isa: str, m: int, k: int, panels: int, with_bias: bool, activation: str, dtype: torch.dtype, bits: int, symmetric: bool,
+    seed: int,
+) -> None:  # fmt: skip
+    generator, n = torch.Generator().manual_seed(seed), panels * ops.PANEL
+    how = (activation, dtype, bits, symmetric)
+    weight = torch.randint(-127, 128, (2 * n, k), generator=generator, dtype=torch.int8)
+    prepared = ops.quantize_rows(torch.randn(m, k, generator=generator), 8, False)
+    bias = torch.randn(2 * n, generator=generator) if with_bias else None
+    packed = (ops.pack_panels(weight), torch.rand(2 * n, generator=generator) / 100, weight.sum(1, dtype=torch.int32), bias)
+    halves = zip(*((None, None) if t is None else t.chunk(2) for t in packed), strict=True)
+    gate, up = (
+        on("vnni", ops.linear, *prepared, *half, n, applied, dtype)
+        for half, applied in zip(halves, (activation, "none"), strict=True)
+    )
+    made = on(isa, ops.linear_gated, *prepared, *packed, n, *how)
+    for one, two in zip(made, ops.quantize_rows(gate * up, bits, symmetric), strict=True):
+        assert torch.equal(one, two)
+    if activation == "none":
+        for one, two in zip(made, ops.linear_gated_reference(*prepared, *packed, n, *how), strict=True):
+            assert torch.equal(one, two)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("m", [1, 40, 1000])
 def test_results_do_not_depend_on_the_number_of_threads(isa: str, m: int) -> None:
     x, weight = torch.randn(m, 96), torch.randint(-127, 128, (200, 96), dtype=torch.int8)
     threads = torch.get_num_threads()
     panels, sums = ops.pack_panels(weight), weight.sum(1, dtype=torch.int32)
     scale, residual = torch.rand(200), torch.randn(m, 200)
+    wide = (ops.pack_panels(weight[:128]), scale[:128], sums[:128], None, 64)
     results = []
     for number in (1, 2):
         torch.set_num_threads(number)
         args = (*ops.quantize_rows(x, 8, False), panels, scale, sums, None, 200, "gelu", torch.float32)
         passed = on(isa, ops.linear_rows, *args, residual, scale, "layer", scale, None, 1e-5, 8, False, True, True)
-        results.append((on(isa, ops.linear, *args), *passed))
+        gated = on(isa, ops.linear_gated, *args[:3], *wide, "silu", torch.float32, 8, False)
+        results.append((on(isa, ops.linear, *args), *passed, *gated))
     torch.set_num_threads(threads)
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)

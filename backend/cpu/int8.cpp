@@ -78,15 +78,26 @@ void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int6
 int linear(const Linear& a, const Rows* rows, int amx, int threads) {
   const int64_t M = a.M, N = a.N, K = a.K;
   if (M == 0) return 0;
-  auto band = vnni_band;
+  auto of_panels = vnni_band;
   int64_t step = ROWS, tallest = 8 * ROWS, flat = 4 * ROWS;
 #ifdef WITH_AMX
   if (amx && M >= FEWEST_ROWS_OF_AMX) {
-    band = amx_band;
+    of_panels = amx_band;
     step = 32, tallest = 128, flat = 31;
   }
 #endif
   const int64_t panels = (N + PANEL - 1) / PANEL, size = element_size(a.dtype), padded = padded_row(N);
+  const auto band = [&](const Linear& part, int64_t m, int64_t count, int64_t first, int64_t last) {
+    const int64_t half = a.gated ? panels / 2 : panels;  // the activation ends there
+    Linear rest = part;
+    rest.activation = NONE;
+    if (first < half) of_panels(part, m, count, first, last < half ? last : half);
+    if (last > half) of_panels(rest, m, count, first > half ? first : half, last);
+  };
+  const auto finish = [&](char* row, int64_t m, float* memory) {
+    if (a.gated) gate_row(row, N / 2, a.dtype);
+    pass_row(*rows, row, m, memory);
+  };
   // Tall products are cut along M, so that a block of activations stays near; flat ones along N, so that each weight is read once.
   int64_t height = tallest, wide = panels;
   while (height > step && (M + height - 1) / height < 2 * threads) height = (height / 2 + step - 1) / step * step;
@@ -106,7 +117,7 @@ int linear(const Linear& a, const Rows* rows, int amx, int threads) {
         part.out = memory - m * padded * size, part.stride = padded;
         band(part, m, count, 0, panels);
         float* row = (float*)(memory + height * padded * size);
-        for (int64_t i = m; i < m + count; i++) pass_row(*rows, part.out + i * padded * size, i, row);
+        for (int64_t i = m; i < m + count; i++) finish(part.out + i * padded * size, i, row);
       }
       return failed;
     }
@@ -133,7 +144,7 @@ int linear(const Linear& a, const Rows* rows, int amx, int threads) {
       failed = row == nullptr;
 #pragma omp for schedule(static)
       for (int64_t m = 0; m < M; m++)
-        if (row) pass_row(*rows, whole.out + m * padded * size, m, row);
+        if (row) finish(whole.out + m * padded * size, m, row);
     }
   }
   return failed;

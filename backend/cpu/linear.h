@@ -16,10 +16,12 @@ struct Linear {
   const char* bias; int bias_dtype;
   char* out; int64_t stride; int dtype; int activation;       // row m begins at element m * stride
   int64_t M, N, K;
+  int gated;                                                 // rows are act(first half of the outputs) times the rest; whole panels
 };
 
 // `amx` asks for tiles, which pay from FEWEST_ROWS_OF_AMX rows; the weights are packed alike, and the results are the same.
-// With `rows`, what is written is what they say of each row of the result, and the result itself stays in the cache.
+// With `rows`, what is written is what they say of each row of the result, and the result itself stays in the cache; only then
+// may the product be gated.
 // Returns 0, or 1 if there was no memory. int8.cpp.
 int linear(const Linear& a, const Rows* rows, int amx, int threads);
 

@@ -209,7 +209,7 @@ struct Product {  // what C++ is told but for where it writes, and the tensors t
          " rows have a scale and ", zero.numel(), " a zero point: the sizes do not agree");
     told = {at<uint8_t>(codes), at<float>(scale), at<int32_t>(zero), scale.numel() == rows,
             at<int8_t>(weight), at<float>(weight_scale), at<int32_t>(sums), at(bias), bias ? dtype(*bias) : F32,
-            nullptr, outputs, dtype(type), activation, rows, outputs, inner};
+            nullptr, outputs, dtype(type), activation, rows, outputs, inner, 0};
   }
 };
 
@@ -230,6 +230,16 @@ Passed linear_rows_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor we
   const Pass pass(with_last(codes, out_features), type, how);
   succeeded(linear(product.told, &pass.told, use_tiles, threads()), "a product", product.told.M, out_features);
   return pass.out;
+}
+
+Codes linear_gated_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor sums, Maybe bias,
+                        int64_t out_features, std::string activation, Type type, int64_t bits, bool symmetric) {
+  need(out_features % PANEL == 0, out_features, " outputs of a gated product; a multiple of ", PANEL, " is needed");
+  Product product(codes, scale, zero_point, weight, weight_scale, sums, bias, 2 * out_features, activation_of(activation), type);
+  product.told.gated = 1;
+  const Pass pass(with_last(codes, out_features), type, only_codes(bits, symmetric));
+  succeeded(linear(product.told, &pass.told, use_tiles, threads()), "a product", product.told.M, 2 * out_features);
+  return pass.codes();
 }
 
 // ---- attention ----------------------------------------------------------------------------------------------------------
@@ -367,6 +377,7 @@ void register_ops() {
       .impl("normalize_rows_u8", TORCH_BOX(&normalize_rows_u8))
       .impl("linear_u8s8", TORCH_BOX(&linear_u8s8))
       .impl("linear_rows_u8s8", TORCH_BOX(&linear_rows_u8s8))
+      .impl("linear_gated_u8s8", TORCH_BOX(&linear_gated_u8s8))
       .impl("attention", TORCH_BOX(&attention_op))
       .impl("attend_u8s8", TORCH_BOX(&attend_u8s8))
       .impl("low_bit_linear_u8", TORCH_BOX(&low_bit_linear_u8))

@@ -20,6 +20,7 @@ NORMS = ("none", "layer", "rms")
 Codes = tuple[Tensor, Tensor, Tensor]  # uint8 [..., K padded to 64], scale float32 [..., 1], zero point int32 [..., 1]
 Passed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # and the sum and the normalised rows, of shape [0] unless kept
 
+
 def pack_panels(codes: Tensor) -> Tensor:
     """Weight codes int8 [N, K] as panels [ceil(N/64), K/4, 64, 4], K padded to 64; zeros where there is nothing."""
     n, k = codes.shape
@@ -98,6 +99,29 @@ def linear_reference(
     if bias is not None:
         y = y + bias.to(torch.float32)
     return activate(y.to(torch.float64), activation).to(dtype)  # PyTorch's own GELU of floats is off by 3.5e-7 |x|
+
+
+def linear_gated_reference(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    dtype: torch.dtype,
+    bits: int,
+    symmetric: bool,
+) -> Codes:
+    """``quantize(act(gate) * up)`` of a product with both: ``out_features``, whole panels, are the gate, and as many are up."""
+    halves = zip(*(t.chunk(2) if t is not None else (None, None) for t in (weight, weight_scale, sums, bias)), strict=True)
+    gate, up = (
+        linear_reference(codes, scale, zero_point, *half, out_features, applied, dtype)
+        for half, applied in zip(halves, (activation, "none"), strict=True)
+    )
+    return quantize_rows_reference(gate * up, bits, symmetric)
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
@@ -180,6 +204,11 @@ def _fake_linear_rows(codes: Tensor, *args: Any) -> Passed:
     return _empty_rows(codes, (*codes.shape[:-1], out_features), dtype, *args[-2:])
 
 
+def _fake_linear_gated(codes: Tensor, *args: Any) -> Codes:
+    out_features, _, dtype = args[6:9]
+    return _empty_rows(codes, (*codes.shape[:-1], out_features), dtype, False, False)[:3]
+
+
 def _fake_linear(codes: Tensor, *args: Any) -> Tensor:
     out_features, _, dtype = args[-3:]
     return codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
@@ -231,6 +260,12 @@ linear_rows = declare(
     "Tensor? norm_weight, Tensor? norm_bias, float eps, int bits, bool symmetric, bool keep_sum, bool keep_norm) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_rows,
+)
+linear_gated = declare(
+    _library,
+    "linear_gated_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor sums, "
+    "Tensor? bias, int out_features, str activation, ScalarType dtype, int bits, bool symmetric) -> (Tensor, Tensor, Tensor)",
+    _fake_linear_gated,
 )
 attention = declare(
     _library,

@@ -142,7 +142,23 @@ void pass(const Rows& r, const char* x, int64_t m, float* space) {
   encode<F32>(r, (const char*)space, range, m);
 }
 
+template <int DTYPE>
+void gate(char* x, int64_t count) {
+  const int size = element_size(DTYPE);
+  each(count, [&](int64_t k, __mmask16 lanes) {
+    store(x + k * size, _mm512_mul_ps(load(x + k * size, DTYPE, lanes), load(x + (count + k) * size, DTYPE, lanes)), DTYPE, lanes);
+  });
+}
+
 }  // namespace
+
+void gate_row(char* x, int64_t count, int dtype) {
+  switch (dtype) {
+    case F32: return gate<F32>(x, count);
+    case BF16: return gate<BF16>(x, count);
+    default: return gate<F16>(x, count);
+  }
+}
 
 void pass_row(const Rows& r, const char* x, int64_t m, float* space) {
   switch (r.dtype) {

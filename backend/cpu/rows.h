@@ -22,5 +22,8 @@ struct Rows {
 // All rows of x [M, K]; returns 0, or 1 if there was no memory. rows.cpp.
 int quantize_rows(const char* x, int64_t M, const Rows& r, int threads);
 
+// x[k] *= x[count + k], rounded to the dtype. rows.cpp.
+void gate_row(char* x, int64_t count, int dtype);
+
 // Row m, whose numbers (of r.dtype) are at x; `space` holds K floats, rounded up to 16. rows.cpp.
 void pass_row(const Rows& r, const char* x, int64_t m, float* space);
