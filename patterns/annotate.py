@@ -15,7 +15,7 @@ from fxquant.graph.ops import fake_quantize
 from fxquant.graph.rewrite import WRITTEN, splice
 from fxquant.graph.tidy import operand, value
 from fxquant.graph.weights import cone_of, parameter_only
-from fxquant.numerics.granularity import PerChannel, PerToken
+from fxquant.numerics.granularity import PerChannel, PerGroup, PerToken
 from fxquant.recipe import Recipe, Spec
 from fxquant.report import sqnr
 
@@ -155,6 +155,8 @@ def _decide(site: Site, node: fx.Node, weight: fx.Node, recipe: Recipe) -> Site:
     if weight_spec is not None and site.op != "linear" and isinstance(weight_spec.granularity, PerChannel):
         weight_spec = replace(weight_spec, granularity=PerToken())  # a stack of matrices: one scale per row of each
     shape = list(w.shape) if site.op == "linear" else [*w.shape[:-2], w.shape[-1], w.shape[-2]]
+    if weight_spec is not None and isinstance(weight_spec.granularity, PerGroup):
+        weight_spec = replace(weight_spec, granularity=weight_spec.granularity.fitted(shape[-1]))
     if weight_spec is not None and (reason := weight_spec.granularity.refusal(shape)):
         return refuse(reason)
     if activation is not None:

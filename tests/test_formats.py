@@ -381,6 +381,13 @@ def test_a_group_that_does_not_divide_is_refused_with_both_numbers():
         IntAffine(4).fit(torch.ones(7, 1000), PerGroup(128))
 
 
+@given(st.integers(1, 300), st.integers(1, 5000))
+def test_groups_are_fitted_to_the_largest_divisor_within_a_quarter(size, inner):
+    found = PerGroup(size).fitted(inner).size
+    divisors = [d for d in range(1, size + 1) if inner % d == 0 and (d >= size // 4 or d == inner)]
+    assert found == max(divisors, default=size)
+
+
 @given(tensors(), st.data())
 def test_no_reason_to_refuse_means_that_it_works(x, data):
     some = [PerTensor(), PerToken(), *map(PerChannel, range(-4, 4)), *map(PerGroup, range(1, 9))]

@@ -116,6 +116,15 @@ class PerGroup(_Blocks):
             return f"the group size is {self.size} and the last axis has {shape[-1]} elements; choose a size that divides it"
         return None
 
+    def fitted(self, inner: int) -> "PerGroup":
+        """Groups that divide ``inner``: this size, or the largest below it, if that is not below a quarter of it.
+
+        >>> PerGroup(128).fitted(576), PerGroup(128).fitted(257)
+        (PerGroup(size=96), PerGroup(size=128))
+        """
+        sizes = range(min(self.size, inner), max(self.size // 4, 1) - 1, -1) if inner > self.size else [inner]
+        return PerGroup(next((size for size in sizes if inner and inner % size == 0), self.size))
+
     def split(self, x: Tensor) -> Tensor:
         x = super().split(x)
         return torch.unflatten(x, -1, (x.shape[-1] // self.size, self.size))
