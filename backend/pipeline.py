@@ -28,6 +28,7 @@ from .fuse_attention import fuse_attention
 from .fuse_norms import fuse_norms
 from .fuse_products import fuse_products
 from .inductor import compile_runtime
+from .join_products import join_products
 from .kernels import KERNELS
 from .kernels.attention_cpu import lower_attention
 from .lower import Lowered, lower
@@ -70,6 +71,7 @@ def compile_captured(graph: fx.GraphModule, settings: Settings, differentiable: 
     fuse_products(graph, fuel)
     lower_attention(graph, fuel)
     fuse_attention(graph, fuel)
+    join_products(graph, fuel)
     stages.show("lowered", tidy(views_that_may_copy(graph)))
     generated = written(graph, {site.key: site.path for site in sites})
     folded = fold(graph)

@@ -25,6 +25,7 @@ from fxquant.backend.cpu import build
 from fxquant.backend.cpu import ops as cpu
 from fxquant.backend.fuse_norms import fuse_norms
 from fxquant.backend.fuse_products import fuse_products
+from fxquant.backend.join_products import join_products
 from fxquant.backend.kernels import KERNELS
 from fxquant.backend.kernels.int8_triton import Int8TritonLinear
 from fxquant.backend.kernels.kernel import Kernel, Product, reference
@@ -227,7 +228,8 @@ Block = Callable[..., Tensor]
 GEMM = torch.ops.fxquant.a8_gemm.default
 SHAPES = {
     **dict.fromkeys(("G", "B", "G2", "B2", "BO"), (D,)), "BU": (H,),
-    **dict.fromkeys(("WQ", "WO"), (D, D)), **dict.fromkeys(("WG", "WU"), (H, D)), "WD": (D, H), "WH": (D, D // 4),
+    **dict.fromkeys(("WQ", "WO"), (D, D)), **dict.fromkeys(("WG", "WU"), (H, D)), "WD": (D, H),
+    "WH": (D, D // 4), "WN": (D - 8, D),
 }  # fmt: skip
 
 
@@ -587,6 +589,47 @@ def test_on_a_cpu_a_gate_what_it_lets_through_and_their_codes_become_one_op(bloc
     gm.recompile()
     assert ops(gm)["linear_gated_u8s8"] == fuses
     assert fuses or any(miss.reason for miss in misses)
+    assert all(map(torch.equal, run(gm, data(gm)), before))
+
+
+def heads(y: Tensor) -> Tensor:
+    return y.view(*y.shape[:-1], -1, 32).transpose(1, 2)
+
+
+def attention_of(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    return [heads(F.linear(x, w)) for w in weights]
+
+
+JOINED = {  # block -> how many products are left
+    "queries, keys and values": (lambda x, WQ, WG, WU: sum(h.sum(1).sum(-1) for h in attention_of(x, WQ, WG, WU)), 1),
+    "others read between them": (lambda x, WQ, WG: (y := F.linear(x, WQ).exp()) + (F.linear(x, WG) * y.sum())[..., :D], 1),
+    "with biases": (lambda x, WG, WU, BU: F.linear(x, WG, BU).cos() + F.linear(x, WU, BU).sin(), 1),
+    "other inputs": (lambda x, WG, WU: F.linear(x, WG).cos() + F.linear(x.sin(), WU).sin(), 2),
+    "other epilogues": (lambda x, WG, WU: F.silu(F.linear(x, WG)).cos() + F.linear(x, WU).sin(), 2),
+    "a bias and none": (lambda x, WG, WU, BU: F.linear(x, WG, BU).cos() + F.linear(x, WU).sin(), 2),
+    "no whole panels": (lambda x, WG, WN: F.linear(x, WG)[..., : D - 8] + F.linear(x, WN).sin(), 2),
+    "rows are viewed as one": (lambda x, WG, WU: F.linear(x, WG).view(-1).sum() + F.linear(x, WU).sin(), 2),
+    "one is returned": (lambda x, WG, WU: (heads(F.linear(x, WG)), F.linear(x, WU).sin()), 2),
+    "one is written to": (lambda x, WG, WU: ((y := F.linear(x, WG))[..., :4].mul_(2).sum() + y) * F.linear(x, WU).sin(), 2),
+    "strides are asked for": (lambda x, WG, WU: F.linear(x, WG).as_strided((2, 2), (1, 1)).sum() + F.linear(x, WU).sin(), 2),
+}
+
+
+@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
+@pytest.mark.parametrize("recipe", ["W8A8", "W4A8", "W4A16"])
+@pytest.mark.parametrize("block", JOINED)
+def test_on_a_cpu_products_of_the_same_input_become_one(block: str, recipe: str) -> None:
+    fn, left = JOINED[block]
+    gm = quantized(fn, "cpu", recipe=recipe, dynamic=False)
+    lower(gm, KERNELS, Fuel())
+    fuse_products(gm, Fuel())
+    before = run(gm, data(gm))
+    misses = join_products(gm, Fuel())
+    gm.graph.lint()
+    gm.recompile()
+    counts = ops(gm)
+    assert sum(counts[op] for op in ("linear_u8s8", "low_bit_linear_u8", "low_bit_linear_float")) == left
+    assert all(miss.reason for miss in misses) and (not misses or left == 2)
     assert all(map(torch.equal, run(gm, data(gm)), before))
 
 

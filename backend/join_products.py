@@ -1,0 +1,103 @@
+"""Products of the same input become one, on a CPU: queries, keys and values, mostly.
+
+A call costs what reading a quarter of a megabyte of weights does, which a product of one row is too small to hide.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph.effects import family, writers_of
+from fxquant.graph.fuel import Fuel
+from fxquant.graph.match import Miss
+from fxquant.graph.rewrite import erase, splice
+from fxquant.graph.spelling import FAMILIES
+from fxquant.graph.tidy import value
+from fxquant.graph.weights import depends_on_parameters_only
+from fxquant.patterns.linear import same_sizes
+
+from .cpu import low_bit, ops
+
+aten = torch.ops.aten
+# How many arguments of each op are its input; four are its weight, and then follows what is asked of both.
+INPUTS = {ops.linear: 3, low_bit.linear_u8: 3, low_bit.linear_float: 1}
+
+
+def join_products(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
+    """Join all products that have the same input and epilogue; in place. Returns why some that could be joined were not."""
+    groups: dict[Any, list[fx.Node]] = defaultdict(list)
+    for op, inputs in INPUTS.items():
+        for node in gm.graph.find_nodes(op="call_function", target=op):
+            bias = node.args[inputs + 3]
+            *kind, _, activation, dtype = node.args[inputs + 4 :]
+            asked = *kind, activation, dtype, None if bias is None else value(bias).dtype
+            groups[op, node.args[:inputs], asked].append(node)
+    misses: list[Miss] = []
+    for (op, _, _), group in groups.items():
+        joined = []
+        for node in sorted(group):
+            unfit = _unfit(node)
+            if unfit is None:
+                joined.append(node)
+            elif len(group) > 1:
+                misses.append(unfit)
+        if len(joined) > 1 and fuel.take(f"join {', '.join(n.name for n in joined)}"):
+            _write(gm, joined, INPUTS[op])
+    return misses
+
+
+def _unfit(node: fx.Node) -> Miss | None:
+    """Why ``node`` cannot be a part of a wider result, whose rows are further apart."""
+    outputs = value(node).shape[-1]
+    if outputs % ops.PANEL:
+        return Miss("'{}' has {} outputs, no multiple of {}", node, 0, (node, outputs, ops.PANEL))
+    if (writer := next(writers_of(node), None)) is not None:
+        return Miss("'{}' is written to by '{}'", node, 1, (node, writer))
+    if family(node) & set(node.graph.output_node().all_input_nodes):
+        return Miss("'{}' leaves the graph, where its strides are seen and it would keep the others alive", node, 1, (node,))
+    lead = value(node).shape[:-1]
+    for reader in node.users:
+        views = FAMILIES.get(reader.target) == "view"
+        if reader.target is aten.as_strided.default or (views and not _splits_outputs(reader, lead)):
+            return Miss("'{}' reads '{}' by where its rows lie", reader, 1, (reader, node))
+    weights = node.args[INPUTS[node.target] :]
+    if not all(depends_on_parameters_only(n) for n in weights if isinstance(n, fx.Node)):
+        return Miss("the weight of '{}' is computed at run time", node, 1, (node,))
+    return None
+
+
+def _splits_outputs(view: fx.Node, lead: Sequence[Any]) -> bool:
+    return same_sizes(value(view).shape[: len(lead)], lead)
+
+
+def _write(gm: fx.GraphModule, group: list[fx.Node], inputs: int) -> None:
+    first, op = group[0], group[0].target
+    *kind, _, activation, dtype = first.args[inputs + 4 :]
+    sizes = [value(node).shape[-1] for node in group]
+
+    def fused(given: Any, *weights: Any) -> list[Tensor]:
+        parts = [None if weights[0][i] is None else torch.cat([weight[i] for weight in weights]) for i in range(4)]
+        return list(op(*given, *parts, *kind, sum(sizes), activation, dtype).split(sizes, -1))  # type: ignore[operator]  # an op
+
+    weights = [list(node.args[inputs : inputs + 4]) for node in group]
+    for node in group[1:]:
+        _hoist(node.args[inputs : inputs + 4], first)
+    memo = ("join_products", op, *kind, activation, dtype, *sizes)
+    for node, part in zip(group, splice(gm, first, fused, list(first.args[:inputs]), *weights, memo=memo), strict=True):
+        node.replace_all_uses_with(part)
+        erase(gm, node)
+
+
+def _hoist(nodes: Sequence[Any], place: fx.Node) -> None:
+    """Compute ``nodes``, functions of parameters alone, and all that they are made of, before ``place``."""
+    late, queue = set[fx.Node](), [n for n in nodes if isinstance(n, fx.Node)]
+    while queue:
+        node = queue.pop()
+        if node not in late and place < node:
+            late.add(node)
+            queue += node.all_input_nodes
+    for node in sorted(late):
+        place.prepend(node)
