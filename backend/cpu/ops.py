@@ -116,10 +116,11 @@ def linear_gated_reference(
     symmetric: bool,
 ) -> Codes:
     """``quantize(act(gate) * up)`` of a product with both: ``out_features``, whole panels, are the gate, and as many are up."""
-    halves = zip(*(t.chunk(2) if t is not None else (None, None) for t in (weight, weight_scale, sums, bias)), strict=True)
+    shifts = (None, None) if bias is None else bias.chunk(2)
+    halves = zip(weight.chunk(2), weight_scale.chunk(2), sums.chunk(2), shifts, (activation, "none"), strict=True)
     gate, up = (
-        linear_reference(codes, scale, zero_point, *half, out_features, applied, dtype)
-        for half, applied in zip(halves, (activation, "none"), strict=True)
+        linear_reference(codes, scale, zero_point, panels, s, total, shift, out_features, applied, dtype)
+        for panels, s, total, shift, applied in halves
     )
     return quantize_rows_reference(gate * up, bits, symmetric)
 

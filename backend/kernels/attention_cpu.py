@@ -89,6 +89,7 @@ def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None
     given = [*node.args, *(None, 0.0, False)[len(node.args) - 3 :]]
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     query, key, val, *rest = (node.kwargs.get(name, given[i]) for i, name in enumerate(names))
+    assert isinstance(key, fx.Node) and isinstance(val, fx.Node)
     once = ungrouped(key, node), ungrouped(val, node)
     if same_sizes(*(value(n).shape[1:2] for n in once)):
         key, val = once
