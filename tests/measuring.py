@@ -68,13 +68,16 @@ def measure(
 _KINDS = {"shift": lambda numbers: numbers, "copies": lambda numbers: numbers.abs().ceil().clamp(1, 4)}
 
 
-def random_maps(transform: Transform, graph: Graph, seed: int = 0) -> dict[str, dict[str, Tensor]]:
-    """Numbers for each need of ``transform`` at every linear input: scales and statistics are positive, copies are counted."""
+def random_maps(transform: Transform, graph: Graph, seed: int = 0, spread: float = 2.0) -> dict[str, dict[str, Tensor]]:
+    """Numbers for each need of ``transform`` at every linear input: scales and statistics are positive, copies are counted.
+
+    ``spread``: the standard deviation of a shift, and of the logarithm of a scale.
+    """
     generator = torch.Generator().manual_seed(seed)
     arguments: dict[str, dict[str, Tensor]] = {need: {} for need in transform.needs}
     for x, linears in linear_inputs(graph.gm).items():
         for need, given in arguments.items():
-            numbers = 2 * torch.randn(x.meta["val"].shape[-1], generator=generator, dtype=torch.float64)
+            numbers = spread * torch.randn(x.meta["val"].shape[-1], generator=generator, dtype=torch.float64)
             given[site_name(linears[0])] = _KINDS.get(need, torch.exp)(numbers)
     return arguments
 
