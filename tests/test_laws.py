@@ -21,9 +21,10 @@ from random_graphs import (
 )
 
 from fxquant.errors import RecipeError
-from fxquant.graph.equivalence import Note
+from fxquant.graph.equivalence import Note, site_name
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.rewrite import copy_of
+from fxquant.patterns.inputs import linear_inputs
 from fxquant.patterns.smooth import FLOOR
 from fxquant.patterns.transforms import TRANSFORMS, Transform, equalize, get
 
@@ -93,10 +94,23 @@ def test_a_transform_computes_the_same_function_on_any_transformer(variant, grap
 @given(graphs)
 def test_all_transforms_after_one_another_compute_the_same_function(graph):
     """Scales of one seed would multiply, e^24 from least to largest, and a rotation of such channels keeps no 10 digits."""
-    before = graph.run()
+    before, names = graph.run(), names_of(graph)
     for seed, transform in enumerate(TRANSFORMS):
         run(transform, graph, seed=seed, spread=1.0)
     assert relative_error(before, graph.run()) < TOLERANCE
+    assert names_of(graph) == names
+
+
+def names_of(graph: Graph) -> list[str]:
+    return [site_name(n) for linears in linear_inputs(graph.gm).values() for n in linears]
+
+
+@given(variants, graphs)
+def test_a_transform_leaves_every_linear_its_name(variant, graph):
+    names = names_of(graph)
+    run(get("smooth"), graph)  # its statistics put other weights behind each of them
+    run(get(variant[0]), graph, **variant[1])
+    assert names_of(graph) == names
 
 
 @given(st.sampled_from(["migrate_gain", "balance"]), graphs)

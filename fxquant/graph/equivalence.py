@@ -22,7 +22,8 @@ from .laws import LAWS, Centre, Effect, Law, Map, Matrix, PositiveScale, Rotatio
 from .layout import Layout
 from .region import Explicit, Refusal, Region, Site, find, source_of
 from .rewrite import WRITTEN, splice
-from .weights import depends_on_parameters_only, parameter_only
+from .tidy import value
+from .weights import cone_of, depends_on_parameters_only, parameter_only
 
 __all__ = [
     "LAWS", "Applied", "Centre", "Effect", "Explicit", "Law", "Map", "Matrix", "Note", "PositiveScale", "Refusal", "Region",
@@ -126,23 +127,27 @@ def site_name(node: fx.Node) -> str:
 
 
 def root_of(weight: fx.Node) -> fx.Node | None:
-    """The parameter that ``weight`` is made of: the first one, read left to right, that is as large; else the largest.
+    """The parameter that ``weight`` is made of: at every op that of the operand which accounts for most numbers, else the left.
 
-    ``W_v / s`` is made of ``W_v``, though another weight of the same size may stand behind ``s``.
+    ``W_v / s`` is made of ``W_v``, though a larger weight may stand behind ``s``, and so are some of its columns, each twice.
     """
-    roots: list[fx.Node] = []
-    seen: set[fx.Node] = set()
-    stack = [weight]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    roots: dict[fx.Node, fx.Node | None] = {}
+    for node in sorted(cone_of(weight)):
         if Parameter.of(node) is not None:
-            roots.append(node)
-        stack += reversed(node.all_input_nodes)
-    as_large = [n for n in roots if n.meta["val"].numel() >= weight.meta["val"].numel()]
-    return as_large[0] if as_large else max(roots, key=lambda n: n.meta["val"].numel(), default=None)
+            roots[node] = node
+            continue
+        best, most = None, -1
+        for operand in node.all_input_nodes:
+            root = roots[operand]
+            if root is not None and (accounts_for := min(map(_numel, (node, operand, root)))) > most:
+                best, most = root, accounts_for
+        roots[node] = best
+    return roots[weight]
+
+
+def _numel(node: fx.Node) -> int:
+    x = value(node)
+    return x.numel() if isinstance(x, Tensor) else 0
 
 
 def _end_of_weights(gm: fx.GraphModule) -> fx.Node:
@@ -187,8 +192,8 @@ def _write(gm: fx.GraphModule, region: Region, map: Map) -> tuple[fx.Node, ...]:
     undone = dict(zip(left, written, strict=False))
     for site in region.explicit:
         _set_argument(site.node, site.argument, site.value, undone[site.value])
-    for value, op in zip(entries, written[len(left) :], strict=True):
-        for reader, argument in region.entries[value]:
+    for entry, op in zip(entries, written[len(left) :], strict=True):
+        for reader, argument in region.entries[entry]:
             _set_argument(reader, argument, value, op)
     return tuple(written)
 
