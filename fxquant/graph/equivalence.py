@@ -194,7 +194,7 @@ def _write(gm: fx.GraphModule, region: Region, map: Map) -> tuple[fx.Node, ...]:
         _set_argument(site.node, site.argument, site.value, undone[site.value])
     for entry, op in zip(entries, written[len(left) :], strict=True):
         for reader, argument in region.entries[entry]:
-            _set_argument(reader, argument, value, op)
+            _set_argument(reader, argument, entry, op)
     return tuple(written)
 
 
