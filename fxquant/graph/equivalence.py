@@ -23,7 +23,7 @@ from .layout import Layout
 from .region import Explicit, Refusal, Region, Site, find, source_of
 from .rewrite import WRITTEN, splice
 from .tidy import value
-from .weights import cone_of, depends_on_parameters_only, parameter_only
+from .weights import depends_on_parameters_only, parameter_only
 
 __all__ = [
     "LAWS", "Applied", "Centre", "Effect", "Explicit", "Law", "Map", "Matrix", "Note", "PositiveScale", "Refusal", "Region",
@@ -132,16 +132,21 @@ def root_of(weight: fx.Node) -> fx.Node | None:
     ``W_v / s`` is made of ``W_v``, though a larger weight may stand behind ``s``, and so are some of its columns, each twice.
     """
     roots: dict[fx.Node, fx.Node | None] = {}
-    for node in sorted(cone_of(weight)):
+    stack = [weight]
+    while stack:  # operands first; in the midst of a rewrite the order of the graph is no guide
+        node = stack[-1]
         if Parameter.of(node) is not None:
-            roots[node] = node
+            roots[stack.pop()] = node
+            continue
+        if ahead := [n for n in node.all_input_nodes if n not in roots]:
+            stack += ahead
             continue
         best, most = None, -1
         for operand in node.all_input_nodes:
             root = roots[operand]
             if root is not None and (accounts_for := min(map(_numel, (node, operand, root)))) > most:
                 best, most = root, accounts_for
-        roots[node] = best
+        roots[stack.pop()] = best
     return roots[weight]
 
 
