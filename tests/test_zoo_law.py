@@ -15,7 +15,7 @@ from fxquant.graph.tidy import tidy
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.transforms import TRANSFORMS, equalize
 
-FAST = ("bert", "gpt2", "llama", "t5", "vit")
+FAST = ("bert", "gpt2", "llama", "pegasus-x", "t5", "vit")  # pegasus-x: a norm of parameters alone
 
 
 def captured(architecture: Architecture) -> list[tuple[fx.GraphModule, list[Any]]]:
