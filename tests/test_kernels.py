@@ -264,7 +264,7 @@ def test_a_gated_product_is_two_products_one_times_the_other_and_then_the_codes_
     made = on(isa, ops.linear_gated, *prepared, *packed, n, *how)
     for one, two in zip(made, ops.quantize_rows(gate * up, bits, symmetric), strict=True):
         assert torch.equal(one, two)
-    if activation == "none":
+    if activation == "none" and not with_bias:  # else one of them rounds once more
         for one, two in zip(made, ops.linear_gated_reference(*prepared, *packed, n, *how), strict=True):
             assert torch.equal(one, two)
 
