@@ -24,10 +24,6 @@ namespace {
 constexpr int ROWS = 6, BAND = 96, AHEAD = 4096;  // rows at a time in registers, and in the caches; bytes to prefetch ahead
 constexpr int TILE = 16, FEWEST_ROWS_OF_AMX = 3;
 
-constexpr int depth(int bits) { return bits > 4 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }  // inputs of a block
-
-constexpr int block_bytes(int bits) { return depth(bits) * PANEL / 8 * (bits > 4 ? 8 : bits); }
-
 // The intrinsic, without the copies that GCC 12 makes of every sum around it.
 inline void dpbusd(__m512i& sum, __m512i u8, __m512i s8) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8)); }
 

@@ -3,6 +3,10 @@
 #pragma once
 #include "linear.h"
 
+constexpr int depth(int bits) { return bits > 4 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }  // inputs of a block
+
+constexpr int block_bytes(int bits) { return depth(bits) * PANEL / 8 * (bits > 4 ? 8 : bits); }
+
 struct LowBit {
   const char* x; int x_dtype; int64_t x_stride;                // [M, K]; codes of u8, in rows of x_stride, or floats
   const float* scale; const int32_t* zero; int64_t per_row;    // of u8 rows: [M] each, or one for all (per_row = 0)

@@ -36,10 +36,28 @@ using Passed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // and the s
 std::atomic<int> use_tiles{0};
 
 // ---- what must be so ----------------------------------------------------------------------------------------------------
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+template <typename T>
+void write(std::ostream& out, const T& part) { out << part; }
+
+void write(std::ostream& out, const Shape& sizes) {
+  out << '[';
+  for (size_t i = 0; i < sizes.size(); i++) out << (i ? ", " : "") << sizes[i];
+  out << ']';
+}
+
+void write(std::ostream& out, const Tensor& t) { write(out, t.sizes()); }
+
+void write(std::ostream& out, const Maybe& t) {
+  if (t) write(out, *t);
+  else out << "none";
+}
+
 template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
+[[noreturn]] void refuse(const Parts&... parts) {  // a tensor is told by its shape
   std::ostringstream text;
-  ((text << parts), ...);
+  (write(text, parts), ...);
   throw std::runtime_error(text.str());
 }
 
@@ -47,16 +65,6 @@ template <typename... Parts>
 inline void need(bool holds, const Parts&... parts) {
   if (__builtin_expect(!holds, 0)) refuse(parts...);
 }
-
-std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::ostringstream out;
-  for (size_t i = 0; i < sizes.size(); i++) out << (i ? ", " : "[") << sizes[i];
-  out << (sizes.size() ? "]" : "[]");
-  return out.str();
-}
-
-std::string text(const Tensor& t) { return text(t.sizes()); }
-std::string text(const Maybe& t) { return t ? text(*t) : "none"; }
 
 int dtype(Type type) {
   switch (type) {
@@ -148,9 +156,9 @@ struct Pass {  // what C++ is told, the tensors that it reads, and those that it
       : residual(dense(how.residual)), scaled_by(dense(how.residual_scale)), gain(dense(how.weight)), shift(dense(how.bias)) {
     const int64_t inner = sizes.back();
     need(!residual || (residual->sizes().size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), residual->sizes().begin())),
-         "rows of shape ", text(torch::headeronly::IntHeaderOnlyArrayRef(sizes)), " meet ", text(residual), "; the same is needed");
+         "rows of shape ", Shape(sizes), " meet ", residual, "; the same is needed");
     for (const Maybe* one : {&scaled_by, &gain, &shift})
-      need(!*one || ((*one)->dim() == 1 && (*one)->size(0) == inner), "rows of ", inner, " channels meet ", text(*one), "; one number each is needed");
+      need(!*one || ((*one)->dim() == 1 && (*one)->size(0) == inner), "rows of ", inner, " channels meet ", *one, "; one number each is needed");
     for (const Maybe* one : {&residual, &scaled_by}) need(!*one || (*one)->scalar_type() == type, "a residual has another dtype than its row");
     need(!gain || !shift || gain->scalar_type() == shift->scalar_type(), "weight and bias of a norm have two dtypes");
     need(how.bits >= 1 && how.bits <= 8, how.bits, " bits; 1 to 8 are needed");
@@ -204,8 +212,8 @@ struct Product {  // what C++ is told but for where it writes, and the tensors t
     const bool fits = inner % DEPTH == 0 && weight.dim() == 4 && weight.size(0) == panels && weight.size(1) == inner / 4 &&
                       weight.size(2) == PANEL && weight.size(3) == 4 && weight_scale.numel() == outputs && sums.numel() == outputs &&
                       (!bias || bias->numel() == outputs) && (scale.numel() == 1 || scale.numel() == rows) && zero.numel() == scale.numel();
-    need(fits, "a product of codes ", text(codes), " and panels ", text(weight), " to ", outputs, " outputs, of which ",
-         weight_scale.numel(), " have a scale, ", sums.numel(), " a sum and ", text(bias), " a bias; ", scale.numel(),
+    need(fits, "a product of codes ", codes, " and panels ", weight, " to ", outputs, " outputs, of which ",
+         weight_scale.numel(), " have a scale, ", sums.numel(), " a sum and ", bias, " a bias; ", scale.numel(),
          " rows have a scale and ", zero.numel(), " a zero point: the sizes do not agree");
     told = {at<uint8_t>(codes), at<float>(scale), at<int32_t>(zero), scale.numel() == rows,
             at<int8_t>(weight), at<float>(weight_scale), at<int32_t>(sums), at(bias), bias ? dtype(*bias) : F32,
@@ -256,19 +264,19 @@ struct Mask {  // of [B, H, L, T], or none
     type = mask->scalar_type() == Type::Bool ? 3 : dtype(*mask);
     for (int64_t i = 0; i < axes; i++) {
       const int64_t size = mask->size(i), wanted = shape[4 - axes + i];
-      need(size == 1 || size == wanted, "a mask of shape ", text(mask), " does not fit attention to ", shape[3], " keys of ", shape[2], " queries");
+      need(size == 1 || size == wanted, "a mask of shape ", mask, " does not fit attention to ", shape[3], " keys of ", shape[2], " queries");
       strides[4 - axes + i] = size == 1 ? 0 : mask->stride(i);
     }
   }
 };
 
 Tensor attention_op(Tensor query, Tensor key, Tensor value, Maybe mask, bool is_causal, double scale) {
-  need(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "attention of ", text(query), ", ", text(key), " and ", text(value), "; four axes are needed");
+  need(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "attention of ", query, ", ", key, " and ", value, "; four axes are needed");
   const Tensor q = dense_rows(query), k = dense_rows(key), v = dense_rows(value);
   const int64_t B = q.size(0), H = q.size(1), L = q.size(2), D = q.size(3), G = k.size(1), T = k.size(2);
   bool fits = k.size(0) == B && k.size(3) == D && G > 0 && H % G == 0;
   for (int i = 0; i < 4; i++) fits = fits && k.size(i) == v.size(i);
-  need(fits, "attention of ", text(q), " to ", text(k), " and ", text(v), ": sizes do not agree");
+  need(fits, "attention of ", q, " to ", k, " and ", v, ": sizes do not agree");
   const Type type = q.scalar_type();
   need(k.scalar_type() == type && v.scalar_type() == type, "query, key and value of attention have more than one dtype");
   const Mask seen(mask, {B, H, L, T}, type);
@@ -284,7 +292,7 @@ Codes attend_u8s8(Tensor codes, Tensor scale, Tensor zero_point, std::vector<Ten
                   std::vector<Tensor> sums, std::vector<Maybe> biases, int64_t heads, Type type, Maybe mask, bool is_causal,
                   double factor, int64_t bits, bool symmetric) {
   need(weights.size() == 3 && weight_scales.size() == 3 && sums.size() == 3 && biases.size() == 3, "three products are needed: of queries, keys and values");
-  need(codes.dim() == 3, "codes of shape ", text(codes), "; [B, L, K] is needed");
+  need(codes.dim() == 3, "codes of shape ", codes, "; [B, L, K] is needed");
   const int64_t B = codes.size(0), L = codes.size(1), outputs = weight_scales[0].numel();
   need(heads > 0 && outputs % heads == 0, outputs, " outputs do not make ", heads, " heads; a multiple is needed");
   std::vector<Product> made;
@@ -305,15 +313,14 @@ Codes attend_u8s8(Tensor codes, Tensor scale, Tensor zero_point, std::vector<Ten
 int64_t most_rows(Type type) { return type == Type::BFloat16 ? 64 : 256; }  // beyond these a float product of decoded weights wins
 
 int64_t stored_bytes(int64_t bits, int64_t size) {  // of 64 outputs of a group
-  const int64_t depth = bits > 4 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32;
-  return (size + depth - 1) / depth * depth * PANEL * (bits > 4 ? 8 : bits) / 8;
+  return (size + depth((int)bits) - 1) / depth((int)bits) * block_bytes((int)bits);
 }
 
 Tensor low_bit(const Tensor& given, const Maybe& given_scale, const Maybe& given_zero, const Tensor& given_weight, const Tensor& given_weight_scale,
                const Tensor& given_terms, const Maybe& given_bias, int64_t bits, int64_t size, int64_t outputs, int activation, Type type) {
   const Tensor x = dense(given), weight = dense(given_weight), weight_scale = dense(given_weight_scale), terms = dense(given_terms);
   const Maybe scale = dense(given_scale), zero = dense(given_zero), bias = dense(given_bias);
-  need(x.dim() >= 1 && weight.dim() == 3, "rows ", text(x), " and a weight ", text(weight), "; [..., K] and [N/64, G, bytes] are needed");
+  need(x.dim() >= 1 && weight.dim() == 3, "rows ", x, " and a weight ", weight, "; [..., K] and [N/64, G, bytes] are needed");
   need(bits >= 1 && bits <= 8 && size > 0, bits, " bits in groups of ", size, "; 1 to 8 bits are needed, and at least one input");
   const int64_t groups = weight.size(1), width = x.size(x.dim() - 1), rows = rows_of(with_last(x, 1)), panels = (outputs + PANEL - 1) / PANEL;
   of_type(weight, Type::Char, "weight"), of_type(weight_scale, Type::Float, "weight's scale"), of_type(terms, Type::Int, "terms");
@@ -322,8 +329,8 @@ Tensor low_bit(const Tensor& given, const Maybe& given_scale, const Maybe& given
                     weight_scale.numel() == panels * PANEL * groups && terms.numel() == panels * PANEL * groups &&
                     (!bias || bias->numel() == outputs) &&
                     (!scale || ((scale->numel() == 1 || scale->numel() == rows) && zero->numel() == scale->numel()));
-  need(fits, "a product of rows ", text(x), ", a weight ", text(weight), " of ", groups, " groups of ", size, " codes of ", bits,
-       " bits, and ", outputs, " outputs (bias ", text(bias), "): sizes do not agree");
+  need(fits, "a product of rows ", x, ", a weight ", weight, " of ", groups, " groups of ", size, " codes of ", bits,
+       " bits, and ", outputs, " outputs (bias ", bias, "): sizes do not agree");
   Tensor out = empty(with_last(x, outputs), type);
   const LowBit told = {at(x), scale ? F32 : dtype(x), width, scale ? at<float>(*scale) : nullptr, zero ? at<int32_t>(*zero) : nullptr,
                        scale && scale->numel() == rows, at<uint8_t>(weight), at<float>(weight_scale), at<int32_t>(terms), (int)bits, size, groups,
@@ -350,12 +357,12 @@ Tensor low_bit_linear_float(Tensor x, Tensor weight, Tensor weight_scale, Tensor
 
 void low_bit_decode_op(Tensor weight, Tensor weight_scale, Tensor terms, int64_t bits, int64_t group_size, Tensor out) {
   need(weight.is_contiguous() && weight_scale.is_contiguous() && terms.is_contiguous() && out.is_contiguous() && weight.dim() == 3 && out.dim() == 2,
-       "a weight ", text(weight), " is decoded into ", text(out), "; contiguous tensors of three and two axes are needed");
+       "a weight ", weight, " is decoded into ", out, "; contiguous tensors of three and two axes are needed");
   const int64_t groups = weight.size(1), outputs = out.size(1), panels = (outputs + PANEL - 1) / PANEL;
   of_type(weight, Type::Char, "weight"), of_type(weight_scale, Type::Float, "weight's scale"), of_type(terms, Type::Int, "terms");
   need(bits >= 1 && bits <= 8 && group_size > 0 && out.size(0) == groups * group_size && weight.numel() == panels * groups * stored_bytes(bits, group_size) &&
        weight_scale.numel() == panels * PANEL * groups && terms.numel() == panels * PANEL * groups,
-       "a weight ", text(weight), " of ", groups, " groups of ", group_size, " codes of ", bits, " bits is decoded into ", text(out), ": sizes do not agree");
+       "a weight ", weight, " of ", groups, " groups of ", group_size, " codes of ", bits, " bits is decoded into ", out, ": sizes do not agree");
   LowBit told{};
   told.weight = at<uint8_t>(weight), told.weight_scale = at<float>(weight_scale), told.terms = at<int32_t>(terms);
   told.bits = (int)bits, told.size = group_size, told.groups = groups, told.out = (char*)out.data_ptr(), told.dtype = dtype(out), told.N = outputs;
