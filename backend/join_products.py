@@ -1,6 +1,6 @@
 """Products of the same input become one, on a CPU: queries, keys and values, mostly.
 
-A call costs what reading a quarter of a megabyte of weights does, which a product of one row is too small to hide.
+What a call costs beside its weights is no small part of a product of one row.
 """
 
 from collections import defaultdict
