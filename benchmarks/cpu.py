@@ -116,7 +116,7 @@ class Square(nn.Module):
 
 
 class Decode(nn.Module):
-    """A causal model that decodes the token behind ``past`` others; these are in a static cache of ``length`` tokens."""
+    """A causal model that decodes the token behind ``prompt`` [1, T], which is in a static cache of ``length`` tokens."""
 
     def __init__(self, model: nn.Module, prompt: Tensor, length: int = 512) -> None:
         super().__init__()
@@ -156,6 +156,10 @@ def llama_1b() -> nn.Module:
     return Decode(model, torch.randint(0, 128256, (1, 128)))
 
 
+def _token() -> Batch:
+    return {"input_ids": torch.tensor([[100]])}
+
+
 def _rows(count: int, width: int = 4096) -> Batch:
     return {"x": torch.randn(count, width, generator=torch.Generator().manual_seed(0))}
 
@@ -174,9 +178,8 @@ def cases() -> Iterator[Case]:
     for rows in (1, 4, 16, 32):
         name = f"6 of 4096x4096, M={rows}, cold"
         yield Case("linear", name, partial(Square, copies=6), partial(_rows, rows), weights, cold=True)
-    token = partial(lambda: {"input_ids": torch.tensor([[100]])})
-    yield Case("decode", "SmolLM2", smollm2, token, ("W8A8", "W8A16", "W4A8", "W4A16"))
-    yield Case("decode", "Llama 1B", llama_1b, token, ("W8A8", "W8A16", "W4A8", "W4A16"))
+    for name, model in (("SmolLM2", smollm2), ("Llama 1B", llama_1b)):
+        yield Case("decode", name, model, _token, ("W8A8", "W8A16", "W4A8", "W4A16"))
     for rows in (128, 512, 2048):
         yield Case("linear", f"4096x4096, M={rows}", Square, partial(_rows, rows), ("W8A8", "W4A8"))
 

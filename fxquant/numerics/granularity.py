@@ -122,8 +122,10 @@ class PerGroup(_Blocks):
         >>> PerGroup(128).fitted(576), PerGroup(128).fitted(257)
         (PerGroup(size=96), PerGroup(size=128))
         """
-        sizes = range(min(self.size, inner), max(self.size // 4, 1) - 1, -1) if inner > self.size else [inner]
-        return PerGroup(next((size for size in sizes if inner and inner % size == 0), self.size))
+        if 0 < inner <= self.size:
+            return PerGroup(inner)
+        sizes = range(self.size, max(self.size // 4, 1) - 1, -1)
+        return PerGroup(next((size for size in sizes if inner % size == 0), self.size))
 
     def split(self, x: Tensor) -> Tensor:
         x = super().split(x)
