@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SETTLED = 0.05  # seconds in which a side has the threads and the caches to itself
+
 
 class Time(NamedTuple):
     """Seconds: the median of all rounds, the fastest and the slowest."""
@@ -37,20 +39,32 @@ def in_turn(
 ) -> dict[str, Time]:
     """Time each side once per round, in alternating order, so that a slow minute of the machine hits all alike.
 
-    Every side is called three times beforehand: the first call compiles. ``before`` precedes each timed call, untimed.
+    Every side is called three times beforehand: the first call compiles. ``before`` precedes each call, untimed. A side that
+    takes less than ``SETTLED`` is called untimed for that long before it is timed: the worker threads of the side before it
+    spin for some milliseconds, and its own have to wake up.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
+
+    def once(name: str) -> float:
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        sides[name]()
+        return time.perf_counter() - start
+
     with torch.no_grad():
-        for call in progress(sides.values(), f"{title}: warming up"):
-            for _ in range(3):
+        quick = set()
+        for name, call in progress(sides.items(), f"{title}: warming up"):
+            for _ in range(2):
                 call()
+            if once(name) < SETTLED:
+                quick.add(name)
         for number in progress(range(rounds), title):
             for name in list(sides)[:: 1 if number % 2 else -1]:
-                if before is not None:
-                    before()
                 start = time.perf_counter()
-                sides[name]()
-                taken[name].append(time.perf_counter() - start)
+                while name in quick and time.perf_counter() - start < SETTLED:
+                    once(name)
+                taken[name].append(once(name))
     return {name: Time(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
 
 
