@@ -31,6 +31,8 @@ void attend_group(const Linear* products, const Attention& a, const Groups& grou
   for (int i = 0; i < 3; i++) {
     Linear part = products[i];
     part.out = memory + i * groups.bytes - (b * a.L * groups.stride + n) * size, part.stride = groups.stride;
+    const int64_t panel = part.K * PANEL;
+    part.next = i < 2 ? products[i + 1].weight + first * panel : n + heads * a.D < part.N ? part.weight + last * panel : nullptr;
     product_band(part, b * a.L, a.L, first, last, amx);
   }
   Attention few = a;

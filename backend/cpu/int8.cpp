@@ -10,17 +10,18 @@
 
 namespace {
 
-constexpr int ROWS = 6, FEWEST_ROWS_OF_AMX = 3, RESULT = 512 * 1024;  // bytes of a result that stay in the cache
+constexpr int ROWS = 6, FEWEST_ROWS_OF_AMX = 3, RESULT = 320 * 1024, STRIP = 4 << 20;  // bytes of a result, and of weights, that stay in the caches
 
-// MR rows times one panel of 64 outputs.
+// MR rows times one panel of 64 outputs. Of ROWS rows each step along K fetches a line from `ahead` on.
 template <int MR, int ACTIVATION>
-void block(const Linear& a, int64_t m, int64_t panel) {
+void block(const Linear& a, int64_t m, int64_t panel, const int8_t* ahead) {
   __m512i sum[MR][4];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm512_setzero_si512();
   const int8_t* w = a.weight + panel * a.K * PANEL;
   const uint8_t* x = a.codes + m * a.K;
-  for (int64_t k = 0; k < a.K; k += 4, w += 4 * PANEL) {
+  for (int64_t k = 0; k < a.K; k += 4, w += 4 * PANEL, ahead += PANEL) {
+    if (MR == ROWS) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
     __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64), w2 = _mm512_loadu_si512(w + 128), w3 = _mm512_loadu_si512(w + 192);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
@@ -50,20 +51,31 @@ void block(const Linear& a, int64_t m, int64_t panel) {
   }
 }
 
+// The first rows of a panel wait for its weights; the others have them in the cache, and fetch the next panel meanwhile. Where
+// there are no others, the processor sees ahead by itself.
 template <int ACTIVATION>
-void rows(const Linear& a, int64_t m, int64_t count, int64_t panel) {
-  for (; count >= ROWS; m += ROWS, count -= ROWS) block<ROWS, ACTIVATION>(a, m, panel);
+void rows(const Linear& a, int64_t m, int64_t count, int64_t panel, const int8_t* next) {
+  const int64_t quarter = a.K / 4 * PANEL;
+  const bool fetches = next && count > ROWS;
+  const int8_t* ahead = fetches ? next : a.weight + panel * a.K * PANEL;  // what is there already costs nothing
+  const auto advance = [&] {
+    if (fetches) ahead = ahead - next < 3 * quarter ? ahead + quarter : next;
+  };
+  for (; count >= ROWS; m += ROWS, count -= ROWS, advance()) block<ROWS, ACTIVATION>(a, m, panel, ahead);
   switch (count) {
-    case 5: return block<5, ACTIVATION>(a, m, panel);
-    case 4: return block<4, ACTIVATION>(a, m, panel);
-    case 3: return block<3, ACTIVATION>(a, m, panel);
-    case 2: return block<2, ACTIVATION>(a, m, panel);
-    case 1: return block<1, ACTIVATION>(a, m, panel);
+    case 5: return block<5, ACTIVATION>(a, m, panel, ahead);
+    case 4: return block<4, ACTIVATION>(a, m, panel, ahead);
+    case 3: return block<3, ACTIVATION>(a, m, panel, ahead);
+    case 2: return block<2, ACTIVATION>(a, m, panel, ahead);
+    case 1: return block<1, ACTIVATION>(a, m, panel, ahead);
   }
 }
 
 void vnni_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last) {
-  for (int64_t panel = first; panel < last; panel++) WITH_ACTIVATION(a.activation, rows<A>(a, m, count, panel));
+  for (int64_t panel = first; panel < last; panel++) {
+    const int8_t* next = panel + 1 < last ? a.weight + (panel + 1) * a.K * PANEL : a.next;
+    WITH_ACTIVATION(a.activation, rows<A>(a, m, count, panel, next));
+  }
 }
 
 }  // namespace
@@ -79,11 +91,11 @@ int linear(const Linear& a, const Rows* rows, int amx, int threads) {
   const int64_t M = a.M, N = a.N, K = a.K;
   if (M == 0) return 0;
   auto of_panels = vnni_band;
-  int64_t step = ROWS, tallest = 8 * ROWS, flat = 4 * ROWS;
+  int64_t step = ROWS, tallest = 16 * ROWS, flat = 8 * ROWS, least = 1;  // bands of a thread
 #ifdef WITH_AMX
   if (amx && M >= FEWEST_ROWS_OF_AMX) {
     of_panels = amx_band;
-    step = 32, tallest = 128, flat = 31;
+    step = 32, tallest = 128, flat = 31, least = 2;
   }
 #endif
   const int64_t panels = (N + PANEL - 1) / PANEL, size = element_size(a.dtype), padded = padded_row(N);
@@ -98,32 +110,32 @@ int linear(const Linear& a, const Rows* rows, int amx, int threads) {
     if (a.gated) gate_row(row, N / 2, a.dtype);
     pass_row(*rows, row, m, memory);
   };
-  // Tall products are cut along M, so that a block of activations stays near; flat ones along N, so that each weight is read once.
-  int64_t height = tallest, wide = panels;
-  while (height > step && (M + height - 1) / height < 2 * threads) height = (height / 2 + step - 1) / step * step;
+  // Tall products are cut along M, so that a block of activations stays near, in bands of one height, as many for each thread;
+  // flat ones along N, so that each weight is read once.
+  const bool whole_rows = rows && M > flat;  // the results of a band stay in the cache, and are finished where they were computed
+  while (whole_rows && tallest > step && tallest * N * size > RESULT) tallest -= step;
+  const int64_t each = (M + threads * tallest - 1) / (threads * tallest), wanted = threads * (each < least ? least : each);
+  int64_t height = ((M + wanted - 1) / wanted + step - 1) / step * step, wide = panels;
   if (M <= flat) height = M, wide = (panels + threads - 1) / threads;
   const bool parallel = M * N * K > 32768;
   int failed = 0;
-  if (rows && M > flat) {  // bands that stay in the cache, each finished where it was computed
-    while (height > step && height * N * size > RESULT) height -= step;
-    if ((M + height - 1) / height >= threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parallel) reduction(| : failed)
-      for (int64_t m = 0; m < M; m += height) {
-        thread_local Memory space;
-        const int64_t count = m + height < M ? height : M - m;
-        char* memory = space.take(height * padded * size + padded * sizeof(float));
-        if (!memory) { failed = 1; continue; }
-        Linear part = a;
-        part.out = memory - m * padded * size, part.stride = padded;
-        band(part, m, count, 0, panels);
-        float* row = (float*)(memory + height * padded * size);
-        for (int64_t i = m; i < m + count; i++) finish(part.out + i * padded * size, i, row);
-      }
-      return failed;
-    }
-  }
   const int64_t bands = (M + height - 1) / height;
-  while (wide > 1 && M > flat && bands * ((panels + wide - 1) / wide) < 4 * threads) wide = (wide + 1) / 2;
+  if (whole_rows && bands >= threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parallel) reduction(| : failed)
+    for (int64_t m = 0; m < M; m += height) {
+      thread_local Memory space;
+      const int64_t count = m + height < M ? height : M - m;
+      char* memory = space.take(height * padded * size + padded * sizeof(float));
+      if (!memory) { failed = 1; continue; }
+      Linear part = a;
+      part.out = memory - m * padded * size, part.stride = padded;
+      band(part, m, count, 0, panels);
+      float* row = (float*)(memory + height * padded * size);
+      for (int64_t i = m; i < m + count; i++) finish(part.out + i * padded * size, i, row);
+    }
+    return failed;
+  }
+  while (wide > 1 && M > flat && (bands * ((panels + wide - 1) / wide) < 4 * threads || wide * K * PANEL > STRIP)) wide = (wide + 1) / 2;
   const int64_t strips = (panels + wide - 1) / wide;
   thread_local Memory shared;
   Linear whole = a;
@@ -135,7 +147,7 @@ int linear(const Linear& a, const Rows* rows, int amx, int threads) {
   {
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < bands * strips; task++) {
-      const int64_t m = task / strips * height, first = task % strips * wide;
+      const int64_t m = task % bands * height, first = task / bands * wide;  // neighbours in time read the same weights
       band(whole, m, m + height < M ? height : M - m, first, first + wide < panels ? first + wide : panels);
     }
     if (rows) {

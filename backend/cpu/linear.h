@@ -17,6 +17,7 @@ struct Linear {
   char* out; int64_t stride; int dtype; int activation;       // row m begins at element m * stride
   int64_t M, N, K;
   int gated;                                                 // rows are act(first half of the outputs) times the rest; whole panels
+  const int8_t* next;                                        // a panel that is wanted right after these, or null
 };
 
 // `amx` asks for tiles, which pay from FEWEST_ROWS_OF_AMX rows; the weights are packed alike, and the results are the same.
