@@ -302,7 +302,7 @@ def test_an_environment_variable_chooses_the_instruction_set(isa: str) -> None:
     if isa == "vnni":
         assert done.stdout.split()[:3] == ["vnni", "int8", "VNNI"]
     else:
-        assert "FXQUANT_CPU_ISA is 'sse'; one of vnni, amx is needed" in done.stderr
+        assert "FXQUANT_CPU_ISA is 'sse'; one of vnni, bf16, amx is needed" in done.stderr
 
 
 @given(st.integers(1, 200), st.integers(1, 40))

@@ -13,18 +13,18 @@ struct Groups {  // of heads that fill whole panels: `heads` in each, `count` of
   int64_t heads, count;
   int64_t stride, bytes;  // of their queries, in the cache: a row, and all; as many for keys and for values
   int64_t memory;         // that one group needs
-  Groups(const Attention& a, int amx) {
+  Groups(const Attention& a, int isa) {
     heads = PANEL / common_divisor(a.D, PANEL);
     if (heads > a.H) heads = a.H;
     count = (a.H + heads - 1) / heads;
     stride = padded_row((heads * a.D + PANEL - 1) / PANEL * PANEL);
     bytes = (a.L * stride * element_size(a.dtype) + 63) / 64 * 64;
-    memory = 3 * bytes + attention_bytes(a, amx);
+    memory = 3 * bytes + attention_bytes(a, isa);
   }
 };
 
 // One group of heads of sequence b, to `out`, whose rows have H times D numbers.
-void attend_group(const Linear* products, const Attention& a, const Groups& groups, char* memory, int64_t b, int64_t group, char* out, int amx) {
+void attend_group(const Linear* products, const Attention& a, const Groups& groups, char* memory, int64_t b, int64_t group, char* out, int isa) {
   const int64_t head = group * groups.heads, n = head * a.D, first = n / PANEL, size = element_size(a.dtype);
   const int64_t heads = a.H - head < groups.heads ? a.H - head : groups.heads;
   const int64_t last = (n + heads * a.D + PANEL - 1) / PANEL;
@@ -33,7 +33,7 @@ void attend_group(const Linear* products, const Attention& a, const Groups& grou
     part.out = memory + i * groups.bytes - (b * a.L * groups.stride + n) * size, part.stride = groups.stride;
     const int64_t panel = part.K * PANEL;
     part.next = i < 2 ? products[i + 1].weight + first * panel : n + heads * a.D < part.N ? part.weight + last * panel : nullptr;
-    product_band(part, b * a.L, a.L, first, last, amx);
+    product_band(part, b * a.L, a.L, first, last, isa);
   }
   Attention few = a;
   few.q = memory, few.k = memory + groups.bytes, few.v = memory + 2 * groups.bytes;
@@ -41,13 +41,13 @@ void attend_group(const Linear* products, const Attention& a, const Groups& grou
   few.qb = few.kb = few.vb = 0, few.qh = few.kh = few.vh = a.D, few.ql = few.kt = few.vt = groups.stride;
   if (a.mask) few.mask += (b * a.mb + head * a.mh) * (a.mask_dtype == 3 ? 1 : element_size(a.mask_dtype));
   few.out = out + n * size, few.row = a.H * a.D;
-  for (int64_t h = 0; h < heads; h++) attention_band(few, memory + 3 * groups.bytes, 0, h, 0, a.L, amx);
+  for (int64_t h = 0; h < heads; h++) attention_band(few, memory + 3 * groups.bytes, 0, h, 0, a.L, isa);
 }
 
 }  // namespace
 
-int attend(const Linear* products, const Attention& a, const Rows& rows, int amx, int threads) {
-  const Groups groups(a, amx);
+int attend(const Linear* products, const Attention& a, const Rows& rows, int isa, int threads) {
+  const Groups groups(a, isa);
   const int64_t size = element_size(a.dtype), sequence = a.L * a.H * a.D * size, row = (a.H * a.D + LANES) * sizeof(float);
   int failed = 0;
   if (a.B >= threads) {  // each sequence from codes to codes in one thread
@@ -60,7 +60,7 @@ int attend(const Linear* products, const Attention& a, const Rows& rows, int amx
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < a.B; b++) {
         if (!memory) continue;
-        for (int64_t group = 0; group < groups.count; group++) attend_group(products, a, groups, memory, b, group, out, amx);
+        for (int64_t group = 0; group < groups.count; group++) attend_group(products, a, groups, memory, b, group, out, isa);
         for (int64_t l = 0; l < a.L; l++) pass_row(rows, out + l * a.H * a.D * size, b * a.L + l, (float*)wide);
       }
     }
@@ -77,7 +77,7 @@ int attend(const Linear* products, const Attention& a, const Rows& rows, int amx
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < a.B * groups.count; task++) {
       const int64_t b = task / groups.count;
-      if (memory) attend_group(products, a, groups, memory, b, task % groups.count, out + b * sequence, amx);
+      if (memory) attend_group(products, a, groups, memory, b, task % groups.count, out + b * sequence, isa);
     }
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < a.B * a.L; m++)

@@ -1,5 +1,6 @@
 // Scaled dot-product attention for CPUs with AVX512, in float32 inside: softmax(q k^T scale + mask) v. With AMX a band of queries
-// goes to attention_amx.cpp instead, and a few queries of many keys to attention_few.cpp.
+// goes to attention_amx.cpp instead, what 8-bit products have made to attention_bf16.cpp, and a few queries of many keys to
+// attention_few.cpp.
 //
 // A task is one head and a band of queries. Keys are copied as columns and values as float32 rows, once per task; six queries at
 // a time meet all their keys, so a row of scores is whole before its softmax: no rescaling, and the same sums on any number of
@@ -126,17 +127,23 @@ void band(const Attention& a, const Space& space, int64_t b, int64_t h, int64_t 
 
 }  // namespace
 
-int64_t attention_bytes(const Attention& a, int amx) {
+int64_t attention_bytes(const Attention& a, int isa) {
+#ifdef WITH_BF16
+  if (isa == ON_BF16) return bf16_attention_bytes(a);
+#endif
 #ifdef WITH_AMX
-  if (amx) return amx_attention_bytes(a);
+  if (isa == ON_AMX) return amx_attention_bytes(a);
 #endif
   const int64_t padded = (a.T + KEYS - 1) / KEYS * KEYS, width = (a.D + LANES - 1) / LANES * LANES;
   return (padded * a.D + padded * width + QUERIES * padded + 2 * QUERIES * width) * sizeof(float);
 }
 
-void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count, int amx) {
+void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count, int isa) {
+#ifdef WITH_BF16
+  if (isa == ON_BF16) return bf16_attention(a, memory, b, h, first, count);
+#endif
 #ifdef WITH_AMX
-  if (amx) return amx_attention(a, memory, b, h, first, count);
+  if (isa == ON_AMX) return amx_attention(a, memory, b, h, first, count);
 #endif
   const int64_t padded = (a.T + KEYS - 1) / KEYS * KEYS, width = (a.D + LANES - 1) / LANES * LANES;
   float* floats = (float*)memory;
@@ -144,9 +151,10 @@ void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int6
   band(a, space, b, h, first, count);
 }
 
-int attention(const Attention& a, int amx, int threads) {
+int attention(const Attention& a, int isa, int threads) {
+  if (isa == ON_BF16) isa = ON_VNNI;  // what comes from elsewhere is not to be rounded
   if (a.L < FEW && a.T > a.L) return attention_of_few(a, threads);
-  const int64_t step = amx ? 32 : QUERIES, bytes = attention_bytes(a, amx);
+  const int64_t step = isa == ON_AMX ? 32 : QUERIES, bytes = attention_bytes(a, isa);
   int64_t bands = 1;  // enough tasks for the threads, but copying keys and values must stay the smaller part
   while (a.B * a.H * bands < 2 * threads && a.L / (2 * bands) >= 48) bands *= 2;
   const int64_t height = ((a.L + bands - 1) / bands + step - 1) / step * step;
@@ -160,7 +168,7 @@ int attention(const Attention& a, int amx, int threads) {
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < a.B * a.H * bands; task++) {
       const int64_t first = task % bands * height, head = task / bands, count = a.L - first < height ? a.L - first : height;
-      if (memory && count > 0) attention_band(a, memory, head / a.H, head % a.H, first, count, amx);
+      if (memory && count > 0) attention_band(a, memory, head / a.H, head % a.H, first, count, isa);
     }
   }
   return failed;

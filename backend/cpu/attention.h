@@ -18,7 +18,7 @@ struct Attention {
 };
 
 // q [B, H, L, D], k and v [B, G, T, D] with H a multiple of G; returns 0, or 1 if there was no memory. attention.cpp.
-int attention(const Attention& a, int amx, int threads);
+int attention(const Attention& a, int isa, int threads);
 
 // The same for fewer than FEW queries, which read keys and values where they lie. attention_few.cpp.
 constexpr int FEW = 8;
@@ -26,13 +26,16 @@ int attention_of_few(const Attention& a, int threads);
 
 // `products` make q, k and v [B L, H D] of the same codes; of `a` the sizes, the mask, the scale and the dtype are read.
 // Returns 0, or 1 if there was no memory. attend.cpp.
-int attend(const Linear* products, const Attention& a, const Rows& rows, int amx, int threads);
+int attend(const Linear* products, const Attention& a, const Rows& rows, int isa, int threads);
 
-// Queries `first` to `first + count` of one head, in `attention_bytes` of memory (attention.cpp); on AMX (attention_amx.cpp).
-void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count, int amx);
-int64_t attention_bytes(const Attention& a, int amx);
+// Queries `first` to `first + count` of one head, in `attention_bytes` of memory (attention.cpp); on AMX (attention_amx.cpp), and
+// on bfloat16 (attention_bf16.cpp), to which all operands are rounded: for those that 8 bits have made.
+void attention_band(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count, int isa);
+int64_t attention_bytes(const Attention& a, int isa);
 void amx_attention(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count);
 int64_t amx_attention_bytes(const Attention& a);
+void bf16_attention(const Attention& a, char* memory, int64_t b, int64_t h, int64_t first, int64_t count);
+int64_t bf16_attention_bytes(const Attention& a);
 
 namespace {
 
@@ -49,6 +52,16 @@ inline __m512 mask_of(const Attention& a, const char* row, int64_t t, __mmask16 
     return _mm512_set1_ps(one[0]);
   }
   return load(row + t * element_size(a.mask_dtype), a.mask_dtype, lanes);
+}
+
+// A row of the mask in units of log 2, to be added before a power of two. What is finite stays so: a row of nothing but the least
+// number is a row of equals.
+inline void mask_to_powers(const Attention& a, const char* row, float* to) {
+  for (int64_t t = 0; t < a.T; t += LANES) {
+    const __m512 mask = mask_of(a, row, t, tail(a.T - t)), x = _mm512_mul_ps(mask, _mm512_set1_ps(1.44269504f));
+    const __mmask16 finite = _mm512_cmp_ps_mask(mask, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
+    _mm512_store_ps(to + t, _mm512_mask_max_ps(x, finite, x, _mm512_set1_ps(-FLT_MAX)));
+  }
 }
 
 // The row of the mask that belongs to one query, or null.

@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "tiles.h"
+#include "transpose.h"
 
 namespace {
 
@@ -54,26 +55,6 @@ inline Pairs split(__m512 x, __m512 y) {
   return {interleave(a, b), interleave(halfway(_mm512_castps_si512(p)), halfway(_mm512_castps_si512(q)))};
 }
 
-void transpose(const __m512i* from, half* at) {  // 16 x 16 of 32 bits
-  __m512i r[16], s[16];
-  uint32_t* to = (uint32_t*)at;
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) s[i] = _mm512_unpacklo_epi32(from[i], from[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(from[i], from[i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-    r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]),
-    r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {  // r[j], r[j + 4], r[j + 8], r[j + 12]: four lanes of four columns
-    __m512i a = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88), b = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
-    __m512i c = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88), d = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xdd);
-    _mm512_store_si512(to + 16 * j, _mm512_shuffle_i32x4(a, c, 0x88));
-    _mm512_store_si512(to + 16 * (j + 8), _mm512_shuffle_i32x4(a, c, 0xdd));
-    _mm512_store_si512(to + 16 * (j + 4), _mm512_shuffle_i32x4(b, d, 0x88));
-    _mm512_store_si512(to + 16 * (j + 12), _mm512_shuffle_i32x4(b, d, 0xdd));
-  }
-}
-
 // Two registers of a row: columns c to c + 16 and c + 16 to c + 32, zeros from D.
 struct Row {
   __m512 left, right;
@@ -95,8 +76,8 @@ void take_keys(const Attention& a, const Sizes& sizes, const Space& space, const
       hi[i] = pairs.hi, lo[i] = pairs.lo;
     }
     const int64_t at = (t / SIDE * (sizes.depth / DEPTH) + c / DEPTH) * TILE;
-    transpose(hi, space.keys[0] + at);
-    if (parts > 1) transpose(lo, space.keys[1] + at);
+    transpose(hi, (uint32_t*)(space.keys[0] + at), SIDE);
+    if (parts > 1) transpose(lo, (uint32_t*)(space.keys[1] + at), SIDE);
   }
 }
 
@@ -198,7 +179,7 @@ struct Head {
     float* s = space.scores[block.turn] + i * sizes.row;
     const float* add = space.mask;
     const __m512 off = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale * 1.44269504f);
-    if (a.mask && !one_mask) take_mask(mask_row(a, b, h, block.l + i));
+    if (a.mask && !one_mask) mask_to_powers(a, mask_row(a, b, h, block.l + i), space.mask);
     __m512 largest = off;
     for (int64_t t = 0; t < T; t += LANES) {
       __m512 x = _mm512_load_ps(s + t);
@@ -223,14 +204,6 @@ struct Head {
     }
     const float sum = _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]));
     return sum == 0 ? 0.0f : 1.0f / sum;
-  }
-
-  void take_mask(const char* row) const {  // what is finite stays so: a row of nothing but the least number is a row of equals
-    for (int64_t t = 0; t < a.T; t += LANES) {
-      const __m512 mask = mask_of(a, row, t, tail(a.T - t)), x = _mm512_mul_ps(mask, _mm512_set1_ps(1.44269504f));
-      const __mmask16 finite = _mm512_cmp_ps_mask(mask, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
-      _mm512_store_ps(space.mask + t, _mm512_mask_max_ps(x, finite, x, _mm512_set1_ps(-FLT_MAX)));
-    }
   }
 
   void soften(Block& block, int64_t end) const {
@@ -313,7 +286,7 @@ void amx_attention(const Attention& a, char* memory, int64_t b, int64_t h, int64
   const Head head = {a, sizes, space, b, h, parts, a.mask && a.ml == 0};
   for (int64_t t = 0; t < (seen + 31) / 32 * 32; t += SIDE) take_keys(a, sizes, space, k, t, seen, parts);
   for (int64_t t = 0; t < seen; t += DEPTH) take_values(a, sizes, space, v, t, seen, parts);
-  if (head.one_mask) head.take_mask(mask_row(a, b, h, 0));
+  if (head.one_mask) mask_to_powers(a, mask_row(a, b, h, 0), space.mask);
 
   configure({SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE});
   Block blocks[3];  // block i is scored, then its softmax is taken while i - 1 is mixed and i + 1 scored, then it is mixed

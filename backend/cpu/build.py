@@ -2,8 +2,8 @@
 
 At first use rather than at install: the wheel stays one pure-Python file for every platform, and neither it nor an sdist needs
 a compiler to be installed. It takes seconds, once per machine. Without a compiler, or on a CPU without AVX512-VNNI, the kernels
-that are written in PyTorch run instead, and ``explain`` says why. What AMX is for is compiled where the CPU has it, and used
-unless ``FXQUANT_CPU_ISA=vnni`` says not to. Safe for parallel processes: a library appears by an atomic rename. Only g++ by
+that are written in PyTorch run instead, and ``explain`` says why. What AVX512-BF16 and AMX are for is compiled where the CPU has
+them, and used unless ``FXQUANT_CPU_ISA=vnni`` (or ``bf16``) says not to. Safe for parallel processes: a library appears by an atomic rename. Only g++ by
 default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded. The library registers the ops of ops.py for
 CPU tensors, through PyTorch's stable interface, whose headers come with PyTorch.
 """
@@ -25,19 +25,26 @@ import torch
 
 from fxquant.errors import FxquantError
 
-from .features import has_amx, has_avx512, has_vnni
+from .features import has_amx, has_avx512, has_bf16, has_vnni
 
 FOLDER = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
-HEADERS = ("simd.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h", "attention.h", "softmax.h", "tiles.h")
+HEADERS = ("simd.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h", "attention.h", "softmax.h", "tiles.h", "transpose.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
+BF16 = (*AVX512_VNNI, "-mavx512bf16", "-DWITH_BF16")
 AMX = (*AVX512_VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-DWITH_AMX")
 PLAIN = ("int8.cpp", "low_bit.cpp", "rows.cpp", "activation.cpp", "attention.cpp", "attention_few.cpp", "attend.cpp")
 OPS = ("-O1", *AVX512_VNNI, "-isystem", str(TORCH / "include"))
 LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu")  # which is loaded already
-SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # of each instruction set: what is compiled, and how
+# Of each instruction set: what is compiled, and how. In the order of C++'s InstructionSet: the best is the last.
+SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "vnni": {**dict.fromkeys(PLAIN, AVX512_VNNI), "ops.cpp": OPS},
+    "bf16": {
+        **dict.fromkeys(PLAIN, AVX512_VNNI),
+        **dict.fromkeys(("attention.cpp", "attention_bf16.cpp"), BF16),
+        "ops.cpp": OPS,
+    },
     "amx": {
         **dict.fromkeys(PLAIN, AVX512_VNNI),
         **dict.fromkeys(("int8.cpp", "low_bit.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX),
@@ -52,26 +59,28 @@ class CannotBuild(Exception):
 
 @lru_cache(1)
 def isa() -> str:
-    """The instruction set that the kernels use: "amx" or "vnni". Raises CannotBuild if there is no library for either."""
+    """The instruction set that the kernels use, of SOURCES. Raises CannotBuild if there is no library for any."""
     wanted = os.environ.get("FXQUANT_CPU_ISA", "")
     if wanted not in ("", *SOURCES):
         raise FxquantError(
             f"FXQUANT_CPU_ISA is {wanted!r}; one of {', '.join(SOURCES)} is needed, or nothing for the best there is"
         )
-    failed = None
-    if wanted != "vnni" and has_amx():
+    known = list(SOURCES)
+    has = {"vnni": True, "bf16": has_bf16(), "amx": has_amx()}
+    there = [name for name in known if has[name] and (not wanted or known.index(name) <= known.index(wanted))]
+    for name in reversed(there):
         try:
-            found = _library("amx")
-            if found.amx_permission() == 0:
-                found.use_amx(True)
-                found.register_ops()
-                return "amx"
-        except CannotBuild as error:  # a compiler that is too old for AMX, perhaps
-            failed = error
-    _library("vnni").register_ops()
-    if failed is not None:
-        warnings.warn(f"AMX is not used, though this CPU has it: {failed}", stacklevel=2)
-    return "vnni"
+            found = _library(name)
+        except CannotBuild as error:  # a compiler that is too old for what the CPU has, perhaps
+            if name == known[0]:
+                raise
+            warnings.warn(f"{name.upper()} is not used, though this CPU has it: {error}", stacklevel=2)
+            continue
+        if name != "amx" or found.amx_permission() == 0:
+            break
+    found.use_isa(known.index(name))
+    found.register_ops()
+    return name
 
 
 def library() -> ctypes.CDLL:
@@ -81,15 +90,15 @@ def library() -> ctypes.CDLL:
 
 @contextmanager
 def using(isa: str) -> Iterator[None]:
-    """The ops on the instruction set ``isa``, "vnni" or one that the library is for, in all threads."""
-    before = library().use_amx(isa == "amx")
+    """The ops on the instruction set ``isa``, "vnni" or the one that the library is for, in all threads."""
+    before = library().use_isa(list(SOURCES).index(isa))
     try:
         yield
     finally:
-        library().use_amx(before)
+        library().use_isa(before)
 
 
-@lru_cache(2)
+@lru_cache(len(SOURCES))
 def _library(isa: str) -> ctypes.CDLL:
     if not (has_vnni() and has_avx512()):
         raise CannotBuild("this CPU has no AVX512-VNNI")

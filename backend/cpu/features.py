@@ -13,6 +13,11 @@ def has_avx512() -> bool:
     return bool(torch.cpu._is_avx512_supported())
 
 
+def has_bf16() -> bool:
+    """Products of bfloat16 are summed in float32 by one instruction (AVX512-BF16)."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def has_amx() -> bool:
     """Tiles of u8 and s8, and of bfloat16, are multiplied by one instruction (AMX), and the operating system keeps them."""
     return bool(torch.cpu._is_amx_tile_supported())

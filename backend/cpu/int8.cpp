@@ -80,20 +80,20 @@ void vnni_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t
 
 }  // namespace
 
-void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last, int amx) {
+void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last, int isa) {
 #ifdef WITH_AMX
-  if (amx && count >= FEWEST_ROWS_OF_AMX) return amx_band(a, m, count, first, last);
+  if (isa == ON_AMX && count >= FEWEST_ROWS_OF_AMX) return amx_band(a, m, count, first, last);
 #endif
   vnni_band(a, m, count, first, last);
 }
 
-int linear(const Linear& a, const Rows* rows, int amx, int threads) {
+int linear(const Linear& a, const Rows* rows, int isa, int threads) {
   const int64_t M = a.M, N = a.N, K = a.K;
   if (M == 0) return 0;
   auto of_panels = vnni_band;
   int64_t step = ROWS, tallest = 16 * ROWS, flat = 8 * ROWS, least = 1;  // bands of a thread
 #ifdef WITH_AMX
-  if (amx && M >= FEWEST_ROWS_OF_AMX) {
+  if (isa == ON_AMX && M >= FEWEST_ROWS_OF_AMX) {
     of_panels = amx_band;
     step = 32, tallest = 128, flat = 31, least = 2;
   }

@@ -20,15 +20,15 @@ struct Linear {
   const int8_t* next;                                        // a panel that is wanted right after these, or null
 };
 
-// `amx` asks for tiles, which pay from FEWEST_ROWS_OF_AMX rows; the weights are packed alike, and the results are the same.
+// On AMX there are tiles, which pay from FEWEST_ROWS_OF_AMX rows; the weights are packed alike, and the results are the same.
 // With `rows`, what is written is what they say of each row of the result, and the result itself stays in the cache; only then
 // may the product be gated.
 // Returns 0, or 1 if there was no memory. int8.cpp.
-int linear(const Linear& a, const Rows* rows, int amx, int threads);
+int linear(const Linear& a, const Rows* rows, int isa, int threads);
 
 // Rows m to m + count times the panels `first` to `last`: on AMX (int8_amx.cpp), or on the best there is for so many rows (int8.cpp).
 void amx_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last);
-void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last, int amx);
+void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last, int isa);
 
 namespace {
 

@@ -416,9 +416,9 @@ void low_bit_decode(const LowBit& a, int threads) {
   for (int64_t panel = 0; panel < (a.N + PANEL - 1) / PANEL; panel++) one(a, panel);
 }
 
-int low_bit_integer(const LowBit& a, int amx, int threads) {
+int low_bit_integer(const LowBit& a, int isa, int threads) {
 #ifdef WITH_AMX
-  if (amx && a.M >= FEWEST_ROWS_OF_AMX) return run<Integer>(a, true, threads);
+  if (isa == ON_AMX && a.M >= FEWEST_ROWS_OF_AMX) return run<Integer>(a, true, threads);
 #endif
   return run<Integer>(a, false, threads);
 }

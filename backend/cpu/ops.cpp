@@ -33,7 +33,7 @@ using Sizes = std::vector<int64_t>;
 using Codes = std::tuple<Tensor, Tensor, Tensor>;  // uint8 [..., K padded to 64], scale float32 [..., 1], zero point int32 [..., 1]
 using Passed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // and the sum and the normalised rows, [0] unless kept
 
-std::atomic<int> use_tiles{0};
+std::atomic<int> isa{ON_VNNI};
 
 // ---- what must be so ----------------------------------------------------------------------------------------------------
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
@@ -226,7 +226,7 @@ Tensor linear_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight,
   Product product(codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation_of(activation), type);
   Tensor out = empty(with_last(codes, out_features), type);
   product.told.out = (char*)out.data_ptr();
-  succeeded(linear(product.told, nullptr, use_tiles, threads()), "a product", product.told.M, out_features);
+  succeeded(linear(product.told, nullptr, isa, threads()), "a product", product.told.M, out_features);
   return out;
 }
 
@@ -236,7 +236,7 @@ Passed linear_rows_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor we
   const Product product(codes, scale, zero_point, weight, weight_scale, sums, bias, out_features, activation_of(activation), type);
   const How how{residual, residual_scale, norm, norm_weight, norm_bias, eps, bits, symmetric, keep_sum, keep_norm};
   const Pass pass(with_last(codes, out_features), type, how);
-  succeeded(linear(product.told, &pass.told, use_tiles, threads()), "a product", product.told.M, out_features);
+  succeeded(linear(product.told, &pass.told, isa, threads()), "a product", product.told.M, out_features);
   return pass.out;
 }
 
@@ -246,7 +246,7 @@ Codes linear_gated_u8s8(Tensor codes, Tensor scale, Tensor zero_point, Tensor we
   Product product(codes, scale, zero_point, weight, weight_scale, sums, bias, 2 * out_features, activation_of(activation), type);
   product.told.gated = 1;
   const Pass pass(with_last(codes, out_features), type, only_codes(bits, symmetric));
-  succeeded(linear(product.told, &pass.told, use_tiles, threads()), "a product", product.told.M, 2 * out_features);
+  succeeded(linear(product.told, &pass.told, isa, threads()), "a product", product.told.M, 2 * out_features);
   return pass.codes();
 }
 
@@ -284,7 +284,7 @@ Tensor attention_op(Tensor query, Tensor key, Tensor value, Maybe mask, bool is_
   const Attention told = {at(q), at(k), at(v), at(seen.mask), (char*)out.data_ptr(), dtype(type), seen.type, B, H, G, L, T, D,
                           q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
                           seen.strides[0], seen.strides[1], seen.strides[2], seen.strides[3], H * D, is_causal, (float)scale};
-  succeeded(attention(told, use_tiles, threads()), "attention", L, T);
+  succeeded(attention(told, isa, threads()), "attention", L, T);
   return out;
 }
 
@@ -305,7 +305,7 @@ Codes attend_u8s8(Tensor codes, Tensor scale, Tensor zero_point, std::vector<Ten
   told.B = B, told.H = told.G = heads, told.L = told.T = L, told.D = outputs / heads;
   told.mb = seen.strides[0], told.mh = seen.strides[1], told.ml = seen.strides[2], told.mt = seen.strides[3];
   told.row = outputs, told.causal = is_causal, told.scale = (float)factor;
-  if (B > 0 && L > 0) succeeded(attend(products, told, pass.told, use_tiles, threads()), "attention", L, outputs);
+  if (B > 0 && L > 0) succeeded(attend(products, told, pass.told, isa, threads()), "attention", L, outputs);
   return pass.codes();
 }
 
@@ -335,7 +335,7 @@ Tensor low_bit(const Tensor& given, const Maybe& given_scale, const Maybe& given
   const LowBit told = {at(x), scale ? F32 : dtype(x), width, scale ? at<float>(*scale) : nullptr, zero ? at<int32_t>(*zero) : nullptr,
                        scale && scale->numel() == rows, at<uint8_t>(weight), at<float>(weight_scale), at<int32_t>(terms), (int)bits, size, groups,
                        at(bias), bias ? dtype(*bias) : F32, (char*)out.data_ptr(), dtype(type), activation, rows, outputs};
-  succeeded(scale ? low_bit_integer(told, use_tiles, threads()) : low_bit_float(told, threads()), "a product", rows, outputs);
+  succeeded(scale ? low_bit_integer(told, isa, threads()) : low_bit_float(told, threads()), "a product", rows, outputs);
   return out;
 }
 
@@ -373,8 +373,8 @@ void low_bit_decode_op(Tensor weight, Tensor weight_scale, Tensor terms, int64_t
 
 extern "C" {
 
-// Whether tiles are used; returns whether they were. The results of integer products are the same.
-int use_amx(int wanted) { return use_tiles.exchange(wanted); }
+// The instruction set that is used from now on; returns the one before. The results of integer products are the same.
+int use_isa(int wanted) { return isa.exchange(wanted); }
 
 // To be called once: from then on the ops run on CPU tensors.
 void register_ops() {
