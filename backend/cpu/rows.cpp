@@ -2,6 +2,8 @@
 
 #include "rows.h"
 
+#include <type_traits>
+
 namespace {
 
 // As storing in DTYPE and loading again would round.
@@ -27,38 +29,44 @@ struct Range {  // of the numbers seen, and of zero
   }
 };
 
-// Loop over a row of K numbers: `whole` and then `part` get the offset and the lanes, those of the last register perhaps not all.
+// Loop over a row of K numbers: `body` gets the offset, the lanes, and which of two sums they go to, so that none waits for itself.
 template <typename Body>
 inline void each(int64_t K, Body body) {
   int64_t k = 0;
-  for (; k + LANES <= K; k += LANES) body(k, (__mmask16)0xffff);
-  if (k < K) body(k, tail(K - k));
+  for (; k + 2 * LANES <= K; k += 2 * LANES) {
+    body(k, (__mmask16)0xffff, std::integral_constant<int, 0>());
+    body(k + LANES, (__mmask16)0xffff, std::integral_constant<int, 1>());
+  }
+  for (; k < K; k += LANES) body(k, tail(K - k), std::integral_constant<int, 0>());
 }
 
-// The sum of `space`, which holds zeros behind its end, becomes the mean, and the numbers their norm.
-template <int DTYPE>
+inline __m512 both(const __m512 (&sum)[2]) { return _mm512_add_ps(sum[0], sum[1]); }
+
+// The numbers in `space` become their norm: less their mean, by the root of their mean square, times the gain and plus the shift.
+template <int DTYPE, int GAIN>
 Range normalize(const Rows& r, float* space, __m512 mean, int64_t m) {
   const int64_t K = r.K;
-  const int gain_size = element_size(r.gain_dtype), gain_dtype = r.gain_dtype;
+  const int gain_size = element_size(GAIN);
   const char *gain = r.gain, *shift = r.shift;
   char* normed = r.normed ? r.normed + m * K * element_size(DTYPE) : nullptr;
-  __m512 squares = _mm512_setzero_ps();
-  each(K, [&](int64_t k, __mmask16 lanes) {
+  __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  each(K, [&](int64_t k, __mmask16 lanes, auto half) {
     __m512 d = _mm512_maskz_sub_ps(lanes, _mm512_load_ps(space + k), mean);
-    squares = _mm512_fmadd_ps(d, d, squares);
+    squares[half] = _mm512_fmadd_ps(d, d, squares[half]);
   });
-  const __m512 by = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)K + r.eps));
-  Range range;
-  each(K, [&](int64_t k, __mmask16 lanes) {
+  const __m512 by = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(both(squares)) / (float)K + r.eps));
+  Range range[2];
+  each(K, [&](int64_t k, __mmask16 lanes, auto half) {
     __m512 v = _mm512_mul_ps(_mm512_maskz_sub_ps(lanes, _mm512_load_ps(space + k), mean), by);
-    const __m512 add = shift ? load(shift + k * gain_size, gain_dtype, lanes) : _mm512_setzero_ps();
-    v = gain ? _mm512_fmadd_ps(v, load(gain + k * gain_size, gain_dtype, lanes), add) : _mm512_add_ps(v, add);
+    const __m512 add = shift ? load(shift + k * gain_size, GAIN, lanes) : _mm512_setzero_ps();
+    v = gain ? _mm512_fmadd_ps(v, load(gain + k * gain_size, GAIN, lanes), add) : _mm512_add_ps(v, add);
     if (normed) store(normed + k * element_size(DTYPE), v, DTYPE, lanes);
     v = rounded<DTYPE>(v);
     _mm512_store_ps(space + k, v);
-    range.see(v);
+    range[half].see(v);
   });
-  return range;
+  range[0].see(range[1]);
+  return range[0];
 }
 
 // A scale and a zero point, and codes (numerics/affine.py has the contract, to the last bit).
@@ -106,22 +114,17 @@ template <int DTYPE>
 void pass(const Rows& r, const char* x, int64_t m, float* space) {
   const int64_t K = r.K;
   const int size = element_size(DTYPE);
-  if (!r.residual && r.norm == NO_NORM && !r.total && !r.normed) {
-    Range range[2];
-    int64_t k = 0;
-    for (; k + 2 * LANES <= K; k += 2 * LANES) {
-      range[0].see(load(x + k * size, DTYPE, 0xffff));
-      range[1].see(load(x + (k + LANES) * size, DTYPE, 0xffff));
-    }
-    for (; k < K; k += LANES) range[0].see(load(x + k * size, DTYPE, tail(K - k)));
+  const bool norms = r.norm != NO_NORM;
+  Range range[2];
+  if (!r.residual && !norms && !r.total && !r.normed) {
+    each(K, [&](int64_t k, __mmask16 lanes, auto half) { range[half].see(load(x + k * size, DTYPE, lanes)); });
     range[0].see(range[1]);
     return encode<DTYPE>(r, x, range[0], m);
   }
   const char *residual = r.residual ? r.residual + m * K * size : nullptr, *scaled_by = r.scaled_by;
-  char *total = r.total ? r.total + m * K * size : nullptr, *normed = r.normed && r.norm == NO_NORM ? r.normed + m * K * size : nullptr;
+  char *total = r.total ? r.total + m * K * size : nullptr, *normed = r.normed && !norms ? r.normed + m * K * size : nullptr;
   __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  Range range;
-  each(K, [&](int64_t k, __mmask16 lanes) {
+  each(K, [&](int64_t k, __mmask16 lanes, auto half) {
     __m512 v = load(x + k * size, DTYPE, lanes);
     if (residual) {
       __m512 other = load(residual + k * size, DTYPE, lanes);
@@ -131,21 +134,24 @@ void pass(const Rows& r, const char* x, int64_t m, float* space) {
     if (total) store(total + k * size, v, DTYPE, lanes);
     if (normed) store(normed + k * size, v, DTYPE, lanes);
     _mm512_store_ps(space + k, v);
-    sum[k / LANES % 2] = _mm512_add_ps(sum[k / LANES % 2], v);
-    range.see(v);
+    sum[half] = _mm512_add_ps(sum[half], v);
+    if (!norms) range[half].see(v);
   });
-  if (r.norm != NO_NORM) {
+  range[0].see(range[1]);
+  if (norms) {
     const bool centered = r.norm == LAYER_NORM;
-    const __m512 mean = centered ? _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) / (float)K) : _mm512_setzero_ps();
-    range = normalize<DTYPE>(r, space, mean, m);
+    const __m512 mean = centered ? _mm512_set1_ps(_mm512_reduce_add_ps(both(sum)) / (float)K) : _mm512_setzero_ps();
+    range[0] = r.gain_dtype == F32 ? normalize<DTYPE, F32>(r, space, mean, m)
+               : r.gain_dtype == BF16 ? normalize<DTYPE, BF16>(r, space, mean, m)
+                                      : normalize<DTYPE, F16>(r, space, mean, m);
   }
-  encode<F32>(r, (const char*)space, range, m);
+  encode<F32>(r, (const char*)space, range[0], m);
 }
 
 template <int DTYPE>
 void gate(char* x, int64_t count) {
   const int size = element_size(DTYPE);
-  each(count, [&](int64_t k, __mmask16 lanes) {
+  each(count, [&](int64_t k, __mmask16 lanes, auto) {
     store(x + k * size, _mm512_mul_ps(load(x + k * size, DTYPE, lanes), load(x + (count + k) * size, DTYPE, lanes)), DTYPE, lanes);
   });
 }
