@@ -307,7 +307,7 @@ def openvino(model: nn.Module, batch: Batch, precision: str) -> Call:
 
 
 def llama_cpp(model: nn.Module, batch: Batch, kind: str) -> Call:
-    """``kind``: "Q8_0" or "Q4_0", in blocks of 32; the file's own blocks are of 4 bits and 32 too, which flatters Q4_0's error."""
+    """``kind``: "Q8_0" or "Q4_0", in blocks of 32. SmolLM2's own blocks are of 4 bits and 32 too: its Q4_0 is flattered."""
     import llama_cpp as cpp
 
     if not isinstance(model, Decode) or model.gguf is None:

@@ -92,8 +92,9 @@ def test_it_is_three_ops_in_one_to_the_last_bit(
     st.sampled_from(sorted(MASKS)), FLOATS, st.booleans(), st.booleans(), st.integers(0, 2**16),
 )  # fmt: skip
 def test_on_bfloat16_only_operands_are_rounded(
-    b: int, n: int, k: int, h: int, d: int, biased: bool, kind: str, dtype: torch.dtype, causal: bool, symmetric: bool, seed: int
-) -> None:
+    b: int, n: int, k: int, h: int, d: int, biased: bool, kind: str, dtype: torch.dtype, causal: bool, symmetric: bool,
+    seed: int,
+) -> None:  # fmt: skip
     torch.manual_seed(seed)
     codes, weights = operands(b, n, k, h * d, biased, dtype)
     mask = MASKS[kind](b, h, n)
@@ -110,7 +111,7 @@ def test_on_bfloat16_only_operands_are_rounded(
     one, other = ((c[0][..., : h * d].float() - c[2]) * c[1] for c in (made, rounded))
     step = torch.maximum(made[1], rounded[1]) + torch.finfo(dtype).eps * float(v.abs().max())
     assert ((one - exact).abs() <= bound + step).all()
-    # An exponential of other last bits may round to the other bfloat16: now and then, and by one of 256 parts of one probability.
+    # An exponential with other last bits may round to the other bfloat16: now and then, and by 1 of 256 parts of a probability.
     assert ((one - other).abs() <= step + 2**-8 * float(v.abs().max())).all()
     assert ((one - other).abs() > 0.6 * step).float().mean() <= 0.05
 

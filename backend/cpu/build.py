@@ -2,10 +2,10 @@
 
 At first use rather than at install: the wheel stays one pure-Python file for every platform, and neither it nor an sdist needs
 a compiler to be installed. It takes seconds, once per machine. Without a compiler, or on a CPU without AVX512-VNNI, the kernels
-that are written in PyTorch run instead, and ``explain`` says why. What AVX512-BF16 and AMX are for is compiled where the CPU has
-them, and used unless ``FXQUANT_CPU_ISA=vnni`` (or ``bf16``) says not to. Safe for parallel processes: a library appears by an atomic rename. Only g++ by
-default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded. The library registers the ops of ops.py for
-CPU tensors, through PyTorch's stable interface, whose headers come with PyTorch.
+that are written in PyTorch run instead, and ``explain`` says why. What AVX512-BF16 or AMX is for is compiled where the CPU has
+it, and used unless ``FXQUANT_CPU_ISA`` names a lesser instruction set. Safe for parallel processes: a library appears by an
+atomic rename. Only g++ by default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded. The library
+registers the ops of ops.py for CPU tensors, through PyTorch's stable interface, whose headers come with PyTorch.
 """
 
 import ctypes
@@ -29,7 +29,10 @@ from .features import has_amx, has_avx512, has_bf16, has_vnni
 
 FOLDER = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
-HEADERS = ("simd.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h", "attention.h", "softmax.h", "tiles.h", "transpose.h")
+HEADERS = (
+    "simd.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h",
+    "attention.h", "softmax.h", "tiles.h", "transpose.h",
+)  # fmt: skip
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 BF16 = (*AVX512_VNNI, "-mavx512bf16", "-DWITH_BF16")
