@@ -1,8 +1,8 @@
 // Integer linear layers for CPUs with AVX512-VNNI: u8 activations times s8 weights, exact in int32, with a fused epilogue.
 //
-// A plain C interface without PyTorch's headers: it compiles in seconds, depends on no PyTorch version, and is called through
-// ctypes. OpenMP symbols are left undefined on purpose: they resolve to the runtime that PyTorch loaded, so there is one thread
-// pool, and torch.set_num_threads counts. Integer sums are exact, so results do not depend on the number of threads.
+// No PyTorch headers here: it compiles in seconds, and ops.cpp alone speaks to PyTorch. OpenMP symbols are left undefined on purpose:
+// they resolve to the runtime that PyTorch loaded, so there is one thread pool, and torch.set_num_threads counts. Integer sums are
+// exact, so results do not depend on the number of threads.
 //
 // Rows are cut into bands for the threads; a band's product runs on AMX (int8_amx.cpp) or here, on AVX512-VNNI.
 
