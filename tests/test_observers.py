@@ -510,7 +510,8 @@ def clipped_in_plain_torch(data: Sequence[Tensor], ratio: float) -> tuple[float,
     return torch.stack(lows).mean().item(), torch.stack(highs).mean().item()
 
 
-ratios = st.one_of(st.floats(0.01, 1), st.sampled_from(TokenWise.candidates(4, 32, 128)))
+# Of nine decimals: PyTorch's quantile of a ratio nearer to 1 is interpolated to the largest value itself.
+ratios = st.one_of(st.floats(0.01, 1).map(lambda ratio: round(ratio, 9)), st.sampled_from(TokenWise.candidates(4, 32, 128)))
 
 
 @given(batches(), ratios)
