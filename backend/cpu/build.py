@@ -171,10 +171,11 @@ def _compile(compiler: list[str], sources: dict[str, tuple[str, ...]], path: Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder, "kernels.so")
-        objects = [f"{folder}/{name}.o" for name in sources]
+        longest_first = sorted(sources, key=lambda name: -(FOLDER / name).stat().st_size)
+        objects = [f"{folder}/{name}.o" for name in longest_first]
         compile = [
-            [*compiler, *FLAGS, *flags, "-c", str(FOLDER / name), "-o", out]
-            for (name, flags), out in zip(sources.items(), objects, strict=True)
+            [*compiler, *FLAGS, *sources[name], "-c", str(FOLDER / name), "-o", out]
+            for name, out in zip(longest_first, objects, strict=True)
         ]
         # Compiled with OpenMP and linked without it: its symbols are those of the runtime that PyTorch has loaded.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
