@@ -3,9 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from .cpu import build
 from .pipeline import compile_graph
 from .settings import Settings
 
@@ -26,7 +25,4 @@ def outlierq(
 
     >>> model.compile(backend="outlierq", options={"recipe": "W4A16"})       # doctest: +SKIP
     """
-    settings = Settings.read(mode, options)
-    if any(isinstance(given, Tensor) and given.device.type == "cpu" for given in example_inputs):
-        build.begin()
-    return compile_graph(gm, settings)
+    return compile_graph(gm, Settings.read(mode, options))

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -289,20 +288,6 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str, m: int) -> Non
     torch.set_num_threads(threads)
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
-
-
-@needs_library
-def test_who_asks_while_the_library_is_being_built_waits_for_it(tmp_path: Path) -> None:
-    code = (
-        "from fxquant.backend.cpu import build; steps, run = [], build._run\n"
-        "def counted(step): steps.append(step); run(step)\n"
-        "build._run = counted; build.begin()\n"
-        "print(build.why_not() == '', len(steps) == 1 + len(build.SOURCES[build.isa()]))"
-    )
-    env = {**os.environ, "FXQUANT_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True"]
-    assert [file.suffix for file in tmp_path.iterdir()] == [".so"]
 
 
 @needs_library

@@ -17,10 +17,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from threading import RLock, Thread
 
 import torch
 
@@ -57,31 +56,13 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-_building = RLock()
-
-
 class CannotBuild(Exception):
     """There is no library, for the reason in the message."""
 
 
-def begin() -> None:
-    """Build what is not there yet while others work; whoever asks for it waits until it is there."""
-
-    def build() -> None:
-        with suppress(FxquantError):  # who asks will hear it
-            why_not()
-
-    Thread(target=build).start()
-
-
+@lru_cache(1)
 def isa() -> str:
     """The instruction set that the kernels use, of SOURCES. Raises CannotBuild if there is no library for any."""
-    with _building:
-        return _isa()
-
-
-@lru_cache(1)
-def _isa() -> str:
     wanted = os.environ.get("FXQUANT_CPU_ISA", "")
     if wanted not in ("", *SOURCES):
         raise FxquantError(
@@ -140,14 +121,9 @@ def _library(isa: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+@lru_cache(1)
 def why_not() -> str:
     """Why there is no library, or an empty string if there is one."""
-    with _building:
-        return _why_not()
-
-
-@lru_cache(1)
-def _why_not() -> str:
     try:
         library()
     except (CannotBuild, OSError) as error:
