@@ -4,6 +4,7 @@
     python benchmarks/cpu.py --section encoder --case "MiniLM 32x128"
     python benchmarks/cpu.py --section linear --rounds 30
     python benchmarks/cpu.py --section decode --case "Llama 1B" --peer "Inductor bf16"      # 20 GB with both Inductors
+    python benchmarks/cpu.py --section none --markdown docs/results/cpu.md                  # all that was measured so far
 
 A side that cannot run here, or is not installed, is listed with the reason. Every case goes into build/benchmarks/cpu.json as
 soon as it is measured. Errors are relative, of the output, against float32.
@@ -414,15 +415,49 @@ def text(case: Case, results: Mapping[str, Result]) -> str:
     return f"{case.section}: {case.name}\n\n{table(rows)}\n"
 
 
+def markdown(known: Mapping[str, Any]) -> str:
+    """Every case that is known, a row each: a side's time as a multiple of that of our first recipe, and its error."""
+    m = known["machine"]
+    lines = [
+        "# On a CPU", "", "    python benchmarks/cpu.py", "",
+        f"{m['processor']}, {m['threads']} threads, {m['capability']}; Python {m['python']}, torch {m['torch']}, "
+        f"transformers {m['transformers']}, fxquant {m['fxquant']}", "",
+        "Medians of rounds in turn, all sides of a case in one run. Our first recipe: milliseconds (fastest to slowest). The",
+        "others: how many times as long each takes. Behind that the relative error of the output against float32.",
+    ]  # fmt: skip
+    sections: dict[str, dict[str, Any]] = {}
+    for name, row in known["results"].items():
+        section, _, case = name.partition(": ")
+        sections.setdefault(section, {})[case] = row
+    for section, rows in sections.items():
+        sides = list(dict.fromkeys(side for row in rows.values() for side in row))
+        lines += ["", f"## {section}", "", "| case | " + " | ".join(sides) + " |", "|---" * (1 + len(sides)) + "|"]
+        for case, row in rows.items():
+            first = next(iter(row.values()))["seconds"]
+            cells = []
+            for side in sides:
+                seconds = row.get(side, {}).get("seconds")
+                if seconds is None:
+                    cells.append("did not run" if side in row else "")
+                elif side == next(iter(row)):
+                    cells.append(f"{Time(*seconds)}; {row[side]['error']:.3f}")
+                else:
+                    cells.append(f"{seconds[0] / first[0]:.2f}x; {row[side]['error']:.3f}")
+            lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     known = list(cases())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--section", action="append", choices=sorted({c.section for c in known}), help="default: all")
+    sections = [*sorted({c.section for c in known}), "none"]
+    parser.add_argument("--section", action="append", choices=sections, help="default: all")
     parser.add_argument("--case", action="append", choices=[c.name for c in known], help="default: all")
     parser.add_argument("--peer", action="append", choices=[*PEERS, "none"], help="default: all")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "benchmarks" / "cpu.json")
+    parser.add_argument("--markdown", type=Path, help="write everything in the JSON file as tables, too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -438,6 +473,8 @@ def main() -> None:
         print(text(case, results), flush=True)
         if case.cold:
             print(f"memory was read at up to {1e-9 * flush.bandwidth:.1f} GB/s in this run\n", flush=True)
+    if args.markdown:
+        args.markdown.write_text(markdown(json.loads(args.json.read_text())))
 
 
 if __name__ == "__main__":
