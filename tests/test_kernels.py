@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from instruction_sets import ISAS, needs_library, on
 from strategies import tensors
@@ -123,6 +123,7 @@ def test_the_first_kernel_that_supports_a_product_is_the_one_meant_for_it(
 
 @needs_library
 @given(x=tensors(extreme=True), bits=st.integers(1, 8), symmetric=st.booleans())
+@example(x=torch.tensor([[1.0, 2.0], [1.0, -torch.inf], [-torch.nan, 2.0]]), bits=8, symmetric=False)
 def test_rows_are_quantized_to_the_last_bit_of_the_contract(x: Tensor, bits: int, symmetric: bool) -> None:
     assume(bits > 1 or not symmetric)
     if x.dtype == torch.float64:

@@ -19,8 +19,8 @@ value       code * scale                                     (code - zero_point)
   binds for one asymmetric bit alone, whose step is the whole range; the error may then be a step rather than half of one.
 - Decoded values saturate at the largest finite number of their dtype (65504 * (1 + 1/510) is no float16).
 - A block that holds a NaN or an infinity has scale NaN, and decodes to NaN throughout: nothing is laundered, and with
-  per-token granularity the damage stays in its row. Its codes mean nothing. Under a given (static) range an infinity
-  saturates, and a NaN has no code: what it becomes is not specified.
+  per-token granularity the damage stays in its row. Its zero point is 0, and its codes mean nothing. Under a given (static)
+  range an infinity saturates, and a NaN has no code: what it becomes is not specified.
 """
 
 from dataclasses import dataclass, field
@@ -133,7 +133,7 @@ class IntAffine:
         extent = hi / 2 - lo / 2
         scale = _normal(torch.maximum(-lo, hi), extent * (2 / self.qmax))
         zero_point = (-lo * scale.reciprocal()).round().clamp(0, self.qmax)
-        return QParams(scale, zero_point.to(torch.int32))
+        return QParams(scale, zero_point.nan_to_num().to(torch.int32))  # a NaN would be another integer on each machine
 
     def _code(self, blocks: Tensor, qparams: QParams) -> Tensor:
         """Codes as floats: an integer dtype would cost the search a conversion each way."""
