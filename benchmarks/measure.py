@@ -39,9 +39,9 @@ def in_turn(
 ) -> dict[str, Time]:
     """Time each side once per round, in alternating order, so that a slow minute of the machine hits all alike.
 
-    Every side is called three times beforehand: the first call compiles. ``before`` precedes each call, untimed. A side that
-    takes less than ``SETTLED`` is called untimed for that long before it is timed: the worker threads of the side before it
-    spin for some milliseconds, and its own have to wake up.
+    Every side is called three times beforehand: the first call compiles. ``before`` precedes each call behind them, untimed.
+    A side that takes less than ``SETTLED`` is called untimed for that long before it is timed: the worker threads of the side
+    before it spin for some milliseconds, and its own have to wake up.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
 

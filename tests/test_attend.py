@@ -86,7 +86,7 @@ def test_it_is_three_ops_in_one_to_the_last_bit(
 
 
 @needs_library
-@pytest.mark.skipif("bf16" not in ISAS, reason="this CPU, or this compiler, has no AVX512-BF16")
+@pytest.mark.skipif("bf16" not in ISAS, reason="the kernels here are not those for AVX512-BF16")
 @given(
     st.integers(1, 3), st.integers(1, 140), st.integers(1, 80), st.integers(1, 5), st.integers(1, 140), st.booleans(),
     st.sampled_from(sorted(MASKS)), FLOATS, st.booleans(), st.booleans(), st.integers(0, 2**16),

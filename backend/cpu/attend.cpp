@@ -32,7 +32,7 @@ void attend_group(const Linear* products, const Attention& a, const Groups& grou
     Linear part = products[i];
     part.out = memory + i * groups.bytes - (b * a.L * groups.stride + n) * size, part.stride = groups.stride;
     const int64_t panel = part.K * PANEL;
-    part.next = i < 2 ? products[i + 1].weight + first * panel : n + heads * a.D < part.N ? part.weight + last * panel : nullptr;
+    part.next = i < 2 ? products[i + 1].weight + first * panel : n + heads * a.D < part.N ? products[0].weight + last * panel : nullptr;
     product_band(part, b * a.L, a.L, first, last, isa);
   }
   Attention few = a;

@@ -71,18 +71,21 @@ def isa() -> str:
     known = list(SOURCES)
     has = {"vnni": True, "bf16": has_bf16(), "amx": has_amx()}
     there = [name for name in known if has[name] and (not wanted or known.index(name) <= known.index(wanted))]
+    failed = []
     for name in reversed(there):
         try:
             found = _library(name)
         except CannotBuild as error:  # a compiler that is too old for what the CPU has, perhaps
             if name == known[0]:
                 raise
-            warnings.warn(f"{name.upper()} is not used, though this CPU has it: {error}", stacklevel=2)
+            failed.append(f"{name.upper()} is not used, though this CPU has it: {error}")
             continue
         if name != "amx" or found.amx_permission() == 0:
             break
     found.use_isa(known.index(name))
     found.register_ops()
+    for sentence in failed:
+        warnings.warn(sentence, stacklevel=2)
     return name
 
 
@@ -92,9 +95,11 @@ def library() -> ctypes.CDLL:
 
 
 @contextmanager
-def using(isa: str) -> Iterator[None]:
-    """The ops on the instruction set ``isa``, "vnni" or the one that the library is for, in all threads."""
-    before = library().use_isa(list(SOURCES).index(isa))
+def using(instructions: str) -> Iterator[None]:
+    """The ops on ``instructions``, "vnni" or what the library is for, in all threads. Raises ValueError for others."""
+    if instructions not in ("vnni", isa()):
+        raise ValueError(f"the kernels here are for vnni and {isa()}, not for {instructions}")
+    before = library().use_isa(list(SOURCES).index(instructions))
     try:
         yield
     finally:
