@@ -39,6 +39,19 @@ def operands(b: int, n: int, k: int, outputs: int, biased: bool, dtype: torch.dt
     return codes, [list(column) for column in zip(*weights, strict=True)]
 
 
+def mask_of(kind: str, b: int, h: int, n: int, dtype: torch.dtype) -> Tensor | None:
+    mask = MASKS[kind](b, h, n)
+    return mask if mask is None or mask.dtype is torch.bool else mask.to(dtype)
+
+
+def heads_of(isa: str, codes: list[Tensor], weights: list[list[Tensor]], h: int, d: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values, [b, h, n, d] each, of the product alone."""
+    return [
+        on(isa, ops.linear, *codes, *weight, h * d, "none", dtype).unflatten(-1, (h, d)).transpose(1, 2)
+        for weight in zip(*weights, strict=True)
+    ]
+
+
 def rounded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, float]:
     """Attention as AVX512-BF16 computes it, and how far that may be from attention.
 
@@ -70,14 +83,10 @@ def test_it_is_three_ops_in_one_to_the_last_bit(
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     codes, weights = operands(b, n, k, h * d, biased, dtype)
-    mask = MASKS[kind](b, h, n)
-    mask = mask.to(dtype) if mask is not None and mask.dtype is not torch.bool else mask
+    mask = mask_of(kind, b, h, n, dtype)
     causal = causal and mask is None
     made = on(isa, ops.attend, *codes, *weights, h, dtype, mask, causal, 0.3, 8, symmetric)
-    q, k_, v = (
-        on(isa, ops.linear, *codes, *weight, h * d, "none", dtype).unflatten(-1, (h, d)).transpose(1, 2)
-        for weight in zip(*weights, strict=True)
-    )
+    q, k_, v = heads_of(isa, codes, weights, h, d, dtype)
     mixed = on(isa, ops.attention, q, k_, v, mask, causal, 0.3) if b * n else q
     apart = ops.quantize_rows(mixed.transpose(1, 2).flatten(2), 8, symmetric)
     assert [tuple(t.shape) for t in made] == [(b, n, h * d + -(h * d) % ops.DEPTH), (b, n, 1), (b, n, 1)]
@@ -97,14 +106,10 @@ def test_on_bfloat16_only_operands_are_rounded(
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     codes, weights = operands(b, n, k, h * d, biased, dtype)
-    mask = MASKS[kind](b, h, n)
-    mask = mask.to(dtype) if mask is not None and mask.dtype is not torch.bool else mask
+    mask = mask_of(kind, b, h, n, dtype)
     causal = causal and mask is None
     made = on("bf16", ops.attend, *codes, *weights, h, dtype, mask, causal, 0.3, 8, symmetric)
-    q, k_, v = (
-        ops.linear(*codes, *weight, h * d, "none", dtype).unflatten(-1, (h, d)).transpose(1, 2)
-        for weight in zip(*weights, strict=True)
-    )
+    q, k_, v = heads_of("bf16", codes, weights, h, d, dtype)
     rounded, bound = rounded_attention(q, k_, v, mask, causal, 0.3)
     rounded = ops.quantize_rows(rounded.to(dtype).transpose(1, 2).flatten(2), 8, symmetric)
     exact = ops.attention(q, k_, v, mask, causal, 0.3).transpose(1, 2).flatten(2).float()

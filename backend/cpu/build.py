@@ -40,7 +40,7 @@ AMX = (*AVX512_VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "
 PLAIN = ("int8.cpp", "low_bit.cpp", "rows.cpp", "activation.cpp", "attention.cpp", "attention_few.cpp", "attend.cpp")
 OPS = ("-O1", *AVX512_VNNI, "-isystem", str(TORCH / "include"))
 LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu")  # which is loaded already
-# Of each instruction set: what is compiled, and how. In the order of C++'s InstructionSet: the best is the last.
+# Of each instruction set: what is compiled, and how. In the order of InstructionSet in simd.h: the best is the last.
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "vnni": {**dict.fromkeys(PLAIN, AVX512_VNNI), "ops.cpp": OPS},
     "bf16": {

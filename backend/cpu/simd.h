@@ -10,7 +10,7 @@
 namespace {
 
 enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
-enum InstructionSet { ON_VNNI = 0, ON_BF16 = 1, ON_AMX = 2 };  // each has what the ones before it have; build.py
+enum InstructionSet { ON_VNNI = 0, ON_BF16 = 1, ON_AMX = 2 };  // in the order of SOURCES in build.py
 
 constexpr int LANES = 16;
 
