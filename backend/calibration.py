@@ -35,7 +35,7 @@ from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.edges import Edge, insert, rounded
 from fxquant.patterns.inputs import absorbs, linear_inputs
 from fxquant.patterns.measured import Measured
-from fxquant.patterns.transforms import equalize, get
+from fxquant.patterns.transforms import Transform, equalize, read
 from fxquant.plan import Plan
 from fxquant.recipe import Recipe
 
@@ -218,15 +218,18 @@ class MeasuringStage(Stage):
         equalize(gm, self._done, Fuel(), **self._maps)
         annotation = annotate(gm, self._session.recipe, Fuel())
         site_of = {site.key: site for site in annotation.sites if not site.reason}
+        watched: set[str] = set()  # in this graph, where a layer may run twice; one for other lengths has the same sites
         for x, linears in linear_inputs(gm).items():
             where = site_name(linears[0])
             quantized = [site_of[key] for n in linears if (key := n.meta.get(SITE)) in site_of]
-            if not quantized or where in self._linears:
+            if not quantized or where in watched:
                 continue
-            specs = quantized[0].activation, quantized[0].weight
-            operands = [_weights_of(gm, linear, args) for linear in linears]
-            self._linears[where] = _measured(where, operands, *specs, absorbs(gm, linears[0]))
-            self._decoder[where] = reads_decoder(x)
+            watched.add(where)
+            if where not in self._linears:
+                specs = quantized[0].activation, quantized[0].weight
+                operands = [_weights_of(gm, linear, args) for linear in linears]
+                self._linears[where] = _measured(where, operands, *specs, absorbs(gm, linears[0]))
+                self._decoder[where] = reads_decoder(x)
             with gm.graph.inserting_before(min(linears)):
                 observed = gm.graph.call_function(observe, (x, where))
             observed.meta["val"] = value(x)
@@ -239,16 +242,16 @@ class MeasuringStage(Stage):
         rows = tokens(x, mask_for(self._session.masks, self._decoder[key]), merge_heads=False)
         self.seen.setdefault(key, _Seen()).add(rows, self._generator)
 
-    def choices(self, transform: str, notes: dict[str, str], progress: "Progress") -> dict[str, dict[str, Tensor]]:
+    def choices(self, transform: Transform, notes: dict[str, str], progress: "Progress") -> dict[str, dict[str, Tensor]]:
         """need -> site -> tensor, as the transform chooses for each site; ``notes`` gets the reasons of those left alone."""
         chosen: dict[str, dict[str, Tensor]] = {}
-        choose = get(transform).choose
+        choose = transform.choose
         assert choose is not None
-        for where in progress(list(self._linears), f"choosing: {transform}"):
+        for where in progress(list(self._linears), f"choosing: {transform.name}"):
             seen = self.seen.get(where)
             answer = choose(self._linears[where](seen)) if seen and seen.count else "no token came by in the calibration data"
             if isinstance(answer, str):
-                notes[f"{transform}: {where}"] = answer
+                notes[f"{transform.name}: {where}"] = answer
                 continue
             for need, tensor in answer.items():
                 chosen.setdefault(need, {})[where] = tensor
@@ -516,16 +519,17 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
 
     session = runner.session
     notes: dict[str, str] = {}
-    maps: Maps = {name: {need: {} for need in get(name).needs} for name in recipe.transforms if get(name).needs}
-    for position, name in enumerate(recipe.transforms):
-        if get(name).choose is None:
+    transforms = read(recipe.transforms)
+    maps: Maps = {t.name: {need: {} for need in t.needs} for t in transforms if t.needs}
+    for position, transform in enumerate(transforms):
+        if transform.choose is None:
             continue
         stage = MeasuringStage(session, recipe.transforms[:position], maps, seed)
         session.enter(stage)
         with watching(stage):
-            for _ in runner.run(f"measuring for {name}"):
+            for _ in runner.run(f"measuring for {transform.name}"):
                 pass
-        maps[name] |= stage.choices(name, notes, progress)
+        maps[transform.name] |= stage.choices(transform, notes, progress)
 
     observing = ObservingStage(session, maps)
     session.enter(observing)
@@ -536,7 +540,10 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
             if keep:  # the transforms are exact, so these are the outputs of the model as it was
                 wanted.append(compared(*output))
     if not session.graphs:
-        raise CalibrationError("the model ran and no graph of it was captured; is it inside torch.compiler.disable()?")
+        raise CalibrationError(
+            "the model ran and no graph of it was captured; is it inside torch.compiler.disable()? A bare Sequential is never "
+            "captured: put it in a module of your own"
+        )
     ranges, found = search(runner, observing, maps, wanted, progress, seed)
     tensors = {f"{need}/{name}/{site}": t for name, m in maps.items() for need, sites in m.items() for site, t in sites.items()}
     for key, (low, high) in ranges.items():

@@ -18,7 +18,7 @@ from fxquant.patterns.annotate import NO_RANGE, Site, annotate, quantize
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.edges import Edge
 from fxquant.patterns.linear import parameter_products
-from fxquant.patterns.transforms import equalize, get
+from fxquant.patterns.transforms import equalize, read
 from fxquant.plan import Plan
 from fxquant.recipe import Recipe, rule_names
 from fxquant.report import Artifact, GraphSite, register, rules_of
@@ -161,8 +161,8 @@ def arguments_of(plan: Plan | None) -> dict[str, dict[str, Any]]:
     """What the plan's transforms write, by transform and need; nothing where calibration found nothing to do."""
     if plan is None:
         return {}
-    found = {name: plan.maps(name) for name in plan.recipe.transforms}
-    return {name: {need: found[name].get(need, {}) for need in get(name).needs} for name in found}
+    found = {t: plan.maps(t.name) for t in read(plan.recipe.transforms) if t.needs}
+    return {t.name: {need: maps.get(need, {}) for need in t.needs} for t, maps in found.items()}
 
 
 def _check(plan: Plan, graph: fx.GraphModule, weights: dict[str, tuple[int, ...]]) -> None:

@@ -129,7 +129,7 @@ class Recipe:
     ``attention``: queries, keys and values. ``probabilities``: what the softmax of attention gives.
     ``residuals``: the operands of residual adds and of concatenations of activations; those of one op share a range.
 
-    ``transforms``: names, in the order they are applied; the pipeline knows them.
+    ``transforms``: in the order they are applied, each a name, with arguments or without: "smooth(alpha=0.75)".
     ``ignore``: sites to leave alone, see ``ignores``.
     ``overrides``: other Specs for some sites; where several name a site, the last one counts.
     ``ranges``: (site, lo, hi) where the activations are static, in the values that are quantized, after the transforms.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import RecipeError
 from fxquant.graph.equivalence import (
     Applied,
     Note,
@@ -43,8 +44,9 @@ def smooth(gm: fx.GraphModule, fuel: Fuel, *, statistics: Mapping[str, Tensor], 
     ``statistics``: per-channel ``max|X|`` [K] of a linear's input, by the path of the weight of the first linear that reads it.
     They must be of this graph as it is: the same ones given twice smooth twice. Behind norms, and where the channels come from
     a linear by ways that a scale may go (values, gates), the scale is absorbed; else one multiply is left before the linear.
-    Raises RecipeError for a statistic of another length.
+    Raises RecipeError for a statistic of another length, or an alpha that is not from 0 to 1.
     """
+    _check(alpha)
     check_lengths(gm, "statistic", statistics)
     sites, notes = sites_of(gm, "smooth", statistics)
     # Backwards: a scale made by a linear's rows changes the weights that the site before it looks at.
@@ -67,7 +69,11 @@ def choose(measured: Measured) -> dict[str, Tensor]:
 
 
 def balance(gm: fx.GraphModule, fuel: Fuel, *, alpha: float = 0.6, reach: float = 0.5) -> list[Note]:
-    """Smooth behind every norm without data: a token is taken to reach ``reach`` standard deviations in every channel."""
+    """Smooth behind every norm without data: a token is taken to reach ``reach`` standard deviations in every channel.
+
+    Raises RecipeError for an alpha that is not from 0 to 1.
+    """
+    _check(alpha)
     notes = []
     for norm in norms_with_gain(gm):
         where = site_name(norm)
@@ -91,6 +97,11 @@ def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     """``s`` [C] from ``max|X|`` and ``max|W|`` [C]; 1 for a channel that carries next to nothing: it needs no help."""
     s = activation.clamp_min(FLOOR) ** alpha / weight.clamp_min(FLOOR) ** (1 - alpha)
     return torch.where((activation > FLOOR) & (weight > FLOOR), s, torch.ones_like(s))
+
+
+def _check(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise RecipeError(f"alpha is {alpha}; 0 (the scale of the weights alone) to 1 (of the activations alone) is needed")
 
 
 def _apply(

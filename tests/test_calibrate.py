@@ -124,6 +124,38 @@ def test_what_padding_holds_changes_nothing() -> None:
         torch.testing.assert_close(tensor, second.tensors[key], rtol=1e-5, atol=1e-6)
 
 
+def test_an_argument_in_a_recipe_reaches_what_is_measured_and_what_is_written(tmp_path: Path) -> None:
+    """At alpha 1 every channel that the smoothed linears read reaches 1, and so does the range that is observed."""
+    model, data = bert(), batches()
+    plan = calibrate(model, data, static(MinMax(), transforms=("smooth(alpha=1.0)",)))
+    smoothed = {key.rsplit("/", 1)[1] for key in plan.tensors if key.startswith("statistics/smooth/")}
+    ranges = [plan.range(f"{site}:input") for site in smoothed]
+    known = [max(-low, high) for low, high in (ends for ends in ranges if ends is not None)]
+    assert len(known) == 10
+    assert known == pytest.approx([1.0] * 10, rel=1e-4)
+    plan.save(tmp_path / "plan.safetensors")
+    assert Plan.load(tmp_path / "plan.safetensors") == plan
+
+
+def test_batches_of_every_length_count_in_what_transforms_are_told() -> None:
+    """The first batch is a graph of its own, for its very sizes; the others are another graph's."""
+
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x)
+
+    torch.manual_seed(0)
+    model = Up().eval()
+    data = [size * torch.randn(2, length, 8) for length, size in ((5, 1.0), (7, 10.0), (6, 3.0))]
+    plan = calibrate(model, data, static(MinMax(), transforms=("smooth",)))
+    largest = torch.cat(data, 1).abs().amax((0, 1))
+    torch.testing.assert_close(plan.maps("smooth")["statistics"]["up.weight"], largest)
+
+
 def test_batches_in_another_order_or_another_form_give_the_same_plan() -> None:
     model, data = bert(), [{"input_ids": b["input_ids"]} for b in batches()]
     recipe = static(AverageMinMax())

@@ -26,7 +26,7 @@ from fxquant.graph.fuel import Fuel
 from fxquant.graph.rewrite import copy_of
 from fxquant.patterns.inputs import linear_inputs
 from fxquant.patterns.smooth import FLOOR
-from fxquant.patterns.transforms import TRANSFORMS, Transform, equalize, get
+from fxquant.patterns.transforms import TRANSFORMS, Transform, equalize, get, read
 
 transforms = st.sampled_from(TRANSFORMS)
 variants = st.sampled_from([*((t.name, {}) for t in TRANSFORMS), ("migrate_gain", {"bias": True})])
@@ -176,3 +176,50 @@ def test_a_statistic_of_the_wrong_length_is_refused():
 def test_smoothing_without_statistics_is_refused_before_anything_changes():
     with pytest.raises(RecipeError, match="needs statistics"):
         equalize(None, ("migrate_gain", "smooth"), Fuel())  # no graph was touched: there is none
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("smoth(alpha=1.0)", "did you mean 'smooth'"),
+        ("smooth(alfa=1.0)", "did you mean 'alpha'"),
+        ("smooth(alpha='x')", "something like its default, 0.5"),
+        ("smooth(alpha=True)", "to True"),
+        ("smooth(statistics=1.0)", "sets 'statistics'"),
+        ("migrate_gain(bias=[])", r"to \[\]"),
+        ("awq(steps=0)", "something like its default, 20"),
+        ("awq(steps=1.5)", "to 1.5"),
+        ("cross_layer(alpha=1.0)", "it has no arguments"),
+        ("smooth(0.5)", "cannot be read; a name is needed"),
+        ("smooth(**{'alpha': 1.0})", "cannot be read"),
+        ("smooth(alpha=1.0)(2)", "cannot be read"),
+        ("smooth(alpha=print())", "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_an_entry_of_a_recipe_that_cannot_be_is_refused(written, said):
+    with pytest.raises(RecipeError, match=said):
+        read([written])
+
+
+def test_what_data_is_measured_for_is_listed_once():
+    assert [t.name for t in read(("cross_layer", "smooth", "cross_layer"))] == ["cross_layer", "smooth", "cross_layer"]
+    with pytest.raises(RecipeError, match="'smooth' is listed 2 times"):
+        read(("smooth", "cross_layer", "smooth(alpha=1.0)"))
+
+
+@given(transformers, st.integers(0, 99), st.floats(0, 1), st.floats(0, 4))
+def test_an_argument_in_a_recipe_is_that_of_the_transform(transformer, seed, alpha, reach):
+    """The transforms of a recipe and those called by hand leave the same numbers in the weights."""
+    named, called = (transformer.graph(seed=seed) for _ in range(2))
+    equalize(named.gm, (f"balance({alpha=}, {reach=})",), Fuel())
+    get("balance").run(called.gm, Fuel(), alpha=alpha, reach=reach)
+    before, after = (absmax_of_linear_inputs(graph) for graph in (called, named))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[site], after[site]) for site in before)
+
+
+def test_an_alpha_beyond_one_is_refused():
+    graph = Transformer(pre_norm).graph()
+    with pytest.raises(RecipeError, match=r"alpha is 1\.5; 0 "):
+        equalize(graph.gm, ("balance(alpha=1.5)",), Fuel())
