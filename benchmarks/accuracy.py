@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from dots import dots
-from measure import ROOT, heading, progress, table, write
+from measure import ROOT, heading, markdown_table, progress, table, write
 from tasks import HEADS, TASKS, Examples, Task, outputs, sqnr
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -318,10 +318,10 @@ def markdown(found: Mapping[Part, Group], machine: str, plots: Mapping[Part, str
     blocks = []
     count, group = average(found)
     if count > 1 and group:
-        blocks.append(f"## Points lost, mean of {count} tasks, whole\n\n{_lines(cells(group, _loss, '**{}**'))}")
+        blocks.append(f"## Points lost, mean of {count} tasks, whole\n\n{markdown_table(cells(group, _loss, '**{}**'))}")
     for part, group in found.items():
         plot = f"\n\n![]({plots[part]})" if part in plots else ""
-        blocks.append(f"## {part.title(group)}\n\n{_lines(cells(group, cell, '**{}**'))}{plot}")
+        blocks.append(f"## {part.title(group)}\n\n{markdown_table(cells(group, cell, '**{}**'))}{plot}")
     scopes = "\n".join(f"- {name}: {_sentence(scope)}" for name, scope in SCOPES.items())
     note = f"Each cell: {LEGEND}; bold is the least loss of the column. Seconds of calibration are by width.\n\n{scopes}"
     command = "    python benchmarks/accuracy.py --markdown docs/results/accuracy.md --plot docs/results"
@@ -335,11 +335,6 @@ def _loss(rows: Sequence[Row]) -> str:
 def _sentence(scope: Scope) -> str:
     said = (scope.__doc__ or "").strip()
     return said[0].lower() + said[1:]
-
-
-def _lines(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
 def plot(part: Part, group: Group) -> str:

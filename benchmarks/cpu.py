@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from measure import ROOT, Flush, Time, heading, in_turn, shared_assets, table, write
+from measure import ROOT, Flush, Time, heading, in_turn, markdown_table, shared_assets, table, write
 from minilm import encoder, reviews, tokenize
 from torch import Tensor, nn
 
@@ -431,7 +431,7 @@ def markdown(known: Mapping[str, Any]) -> str:
         sections.setdefault(section, {})[case] = row
     for section, rows in sections.items():
         sides = list(dict.fromkeys(side for row in rows.values() for side in row))
-        lines += ["", f"## {section}", "", "| case | " + " | ".join(sides) + " |", "|---" * (1 + len(sides)) + "|"]
+        cases: list[tuple[str, ...]] = [("case", *sides)]
         for case, row in rows.items():
             first = next(iter(row.values()))["seconds"]
             cells = []
@@ -443,7 +443,8 @@ def markdown(known: Mapping[str, Any]) -> str:
                     cells.append(f"{Time(*seconds)}; {row[side]['error']:.3f}")
                 else:
                     cells.append(f"{seconds[0] / first[0]:.2f}x; {row[side]['error']:.3f}")
-            lines.append(f"| {case} | " + " | ".join(cells) + " |")
+            cases.append((case, *cells))
+        lines += ["", f"## {section}", "", markdown_table(cases)]
     return "\n".join(lines) + "\n"
 
 

@@ -119,6 +119,12 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def markdown_table(rows: Sequence[Sequence[object]]) -> str:
+    """The same as a table of Markdown; the first row is the heading."""
+    head, *body = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on: processor, threads, versions."""
     names = ("fxquant", "torch", "transformers", "triton", "numpy")
