@@ -23,7 +23,7 @@ from fxquant.patterns.transforms import equalize
 from .calibration import Maps, Runner, Session, Stage, compared, reads_decoder
 
 VALUES = 1 << 17  # that are kept of a site, and their weights
-PIECES = 8  # of a batch, one after another where that changes nothing: autograd keeps every activation of what it runs
+PIECES = 12
 
 
 class _Sensed(nn.Module):
@@ -40,6 +40,33 @@ class _Sensed(nn.Module):
         return x
 
 
+class _Kept:
+    """Rows of values [n, C] and their weights, in room for ``count`` rows at a time.
+
+    What is kept of a pass lies where what was kept before does: between the tensors of a pass, which come and go, many small
+    ones would hold the holes open.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._used = count, count
+        self._rooms: list[Tensor] = []
+
+    def add(self, x: Tensor, weights: Tensor) -> None:
+        rows = torch.stack([x, weights])
+        while rows.shape[1] or not self._rooms:
+            if self._used == self._count:
+                self._rooms.append(rows.new_empty(2, self._count, rows.shape[2]))
+                self._used = 0
+            fits, rows = rows[:, : self._count - self._used], rows[:, self._count - self._used :]
+            self._rooms[-1][:, self._used : self._used + fits.shape[1]] = fits
+            self._used += fits.shape[1]
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """[C, n] each, contiguous."""
+        x, weights = torch.cat([*self._rooms[:-1], self._rooms[-1][:, : self._used]], 1)
+        return x.T.contiguous(), weights.T.contiguous()
+
+
 class SensingStage(Stage):
     """The transformed graphs in floating point, the values of some edges held for a pass back."""
 
@@ -47,7 +74,7 @@ class SensingStage(Stage):
         self._session, self._maps, self._edges = session, maps, edges
         self._met: list[tuple[str, Tensor]] = []
         self._decoder: dict[str, bool] = {}
-        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._kept: dict[str, _Kept] = {}
 
     def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         recipe = self._session.recipe
@@ -60,7 +87,8 @@ class SensingStage(Stage):
             return gm.graph.call_module(name, (x,))
 
         insert(gm, [edge for edge in annotate(gm, recipe, Fuel()).edges if edge.key in self._edges], write)
-        return self._session.runnable(gm, args)
+        run = self._session.runnable(gm, args)  # of parameters no slope is wanted, and nothing is kept for it
+        return lambda *args: run(*(a.detach() if isinstance(a, Tensor) else a for a in args))
 
     def take(self, output: Tensor, share: int, generator: torch.Generator) -> None:
         """Go back from what was compared of one call, and keep ``share`` values of every edge with their weights.
@@ -83,7 +111,8 @@ class SensingStage(Stage):
         if whole:
             x, slope = x.reshape(-1, 1), slope.reshape(-1, 1)
         some = torch.randint(0, len(x), (max(1, share // x.shape[1]),), generator=generator).to(x.device) if len(x) else ...
-        self._kept.setdefault(key, []).append((x[some].float(), slope[some].float().square_()))
+        kept = self._kept.setdefault(key, _Kept(max(1, VALUES // x.shape[1])))
+        kept.add(x[some].float(), slope[some].float().square_())
 
     def _whole(self, key: str) -> bool:
         return isinstance(self._edges[key].spec.granularity, PerTensor)
@@ -92,8 +121,7 @@ class SensingStage(Stage):
         """The range of least weighted error of every edge, not above that of ``start``."""
         found = {}
         for key in list(self._kept):
-            kept = self._kept.pop(key)
-            x, weights = (torch.cat(parts).T.contiguous() for parts in zip(*kept, strict=True))
+            x, weights = self._kept.pop(key).all()
             lo, hi = start[key]
             form = self._edges[key].spec.format
             assert isinstance(form, IntAffine)

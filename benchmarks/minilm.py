@@ -16,6 +16,8 @@ import transformers
 from measure import progress
 from torch import Tensor, nn
 
+import fxquant
+
 Batch = dict[str, Tensor]
 
 
@@ -79,10 +81,11 @@ def relative_error(hidden: Tensor, reference: Tensor, mask: Tensor) -> float:
     return float((hidden[kept] - reference[kept]).norm() / reference[kept].norm())
 
 
-def sides(model: nn.Module, recipe: str, **kwargs: Any) -> dict[str, nn.Module]:
-    """Three compiled copies of ``model``: Inductor in float32, Inductor in bfloat16, and outlierq."""
+def sides(model: nn.Module, recipe: str, data: Sequence[Batch] = (), **kwargs: Any) -> dict[str, nn.Module]:
+    """Three compiled copies of ``model``: Inductor in float32, Inductor in bfloat16, and outlierq, calibrated on ``data``."""
     fp32, bf16, ours = copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model)
     fp32.compile(backend="inductor", **kwargs)
     bf16.compile(backend="inductor", **kwargs)
-    ours.compile(backend="outlierq", options={"recipe": recipe}, **kwargs)
+    options = {"plan": fxquant.calibrate(ours, data, recipe)} if data else {"recipe": recipe}
+    ours.compile(backend="outlierq", options=options, **kwargs)
     return {"fp32 Inductor": fp32, "bf16 Inductor": bf16, f"outlierq {recipe}": ours}

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
@@ -154,6 +156,16 @@ def test_batches_of_every_length_count_in_what_transforms_are_told() -> None:
     plan = calibrate(model, data, static(MinMax(), transforms=("smooth",)))
     largest = torch.cat(data, 1).abs().amax((0, 1))
     torch.testing.assert_close(plan.maps("smooth")["statistics"]["up.weight"], largest)
+
+
+@given(st.integers(1, 7), st.integers(1, 3), st.lists(st.integers(0, 11), min_size=1, max_size=5))
+def test_what_is_kept_of_a_site_is_all_that_was_added(room: int, width: int, lengths: list[int]) -> None:
+    kept = sensing._Kept(room)
+    x, weights = (torch.randn(sum(lengths), width) for _ in range(2))
+    for some, of_some in zip(x.split(lengths), weights.split(lengths), strict=True):
+        kept.add(some, of_some)
+    found = kept.all()
+    assert all(torch.equal(t, wanted.T) and t.is_contiguous() for t, wanted in zip(found, (x, weights), strict=True))
 
 
 def test_batches_in_another_order_or_another_form_give_the_same_plan() -> None:

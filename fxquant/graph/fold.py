@@ -148,7 +148,8 @@ def _extract(
 ) -> Callable[[], Unit]:
     graph = fx.Graph()
     order = [n for n in gm.graph.nodes if n in cone]
-    reads = [p for p in position if p in outputs or any(p in n.all_input_nodes for n in order)]
+    read = {*outputs, *(n for node in order for n in node.all_input_nodes)}
+    reads = [p for p in position if p in read]
     placed = {p: graph.placeholder(f"p{i}") for i, p in enumerate(reads)}
     spelled = [f"{tuple(value(p).shape)} {value(p).dtype} {value(p).device}" for p in reads]
     for i, node in enumerate(order):
