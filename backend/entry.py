@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
+from .cpu import build
 from .pipeline import compile_graph
 from .settings import Settings
 
@@ -25,4 +26,7 @@ def outlierq(
 
     >>> model.compile(backend="outlierq", options={"recipe": "W4A16"})       # doctest: +SKIP
     """
-    return compile_graph(gm, Settings.read(mode, options))
+    settings = Settings.read(mode, options)
+    if any(isinstance(x, Tensor) and x.device.type == "cpu" for x in example_inputs):
+        build.begin()  # beside what follows
+    return compile_graph(gm, settings)

@@ -11,6 +11,7 @@ from fxquant.errors import GradientError
 from fxquant.graph.capture import Parameter, capture, has_tensors
 from fxquant.graph.fold import FoldedWeights, fold
 from fxquant.graph.fuel import Fuel
+from fxquant.graph.rewrite import copy_of
 from fxquant.graph.stages import Stages
 from fxquant.graph.tidy import tidy, value, views_that_may_copy
 from fxquant.graph.weights import cone_of
@@ -23,6 +24,7 @@ from fxquant.plan import Plan
 from fxquant.recipe import Recipe, rule_names
 from fxquant.report import Artifact, GraphSite, register, rules_of
 
+from .cpu import build
 from .first_calls import FirstCalls
 from .fuse_attention import fuse_attention
 from .fuse_norms import fuse_norms
@@ -48,7 +50,15 @@ def compile_graph(gm: fx.GraphModule, settings: Settings) -> Callable[..., Any]:
 
 
 def compile_captured(graph: fx.GraphModule, settings: Settings, differentiable: Sequence[int]) -> "CompiledGraph":
-    """The captured ``graph`` (changed in place) through all stages."""
+    """The captured ``graph`` (changed in place) through all stages; again, without the C++ kernels, if they fail to compile."""
+    spare = copy_of(graph) if build.running() else None
+    compiled = _through_all_stages(graph, settings, differentiable)
+    if spare is not None and build.why_not(wait=True):
+        return _through_all_stages(spare, settings, differentiable)
+    return compiled
+
+
+def _through_all_stages(graph: fx.GraphModule, settings: Settings, differentiable: Sequence[int]) -> "CompiledGraph":
     stages, fuel, recipe, plan = Stages(settings.trace), Fuel(settings.fuel), settings.recipe, settings.plan
 
     inputs = graph.graph.find_nodes(op="placeholder")

@@ -1,10 +1,11 @@
-"""What do others lose on the same models, data and bits? torchao, ONNX Runtime, NNCF with OpenVINO, Brevitas and HQQ.
+"""What do we and others lose on the same models, data and bits? torchao, ONNX Runtime, NNCF with OpenVINO, Brevitas and HQQ.
 
     pip install ...                          # its own environment: see peers-requirements.txt
     python benchmarks/peers.py               # everything, which takes hours; --task, --peer and --scheme choose
     python benchmarks/peers.py --task sst2 --peer torchao
+    python benchmarks/peers.py --table --markdown docs/results/peers.md
 
-Every peer quantizes the linears of the blocks and leaves the head (and attention's own products, embeddings, convolutions)
+Every side quantizes the linears of the blocks and leaves the head (and attention's own products, embeddings, convolutions)
 alone, and calibrates on ``Task.calibration(0)``. Results are merged into build/benchmarks/peers.json, one row per
 setting; what is there already is not measured again, so a run can be broken off and taken up.
 """
@@ -25,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measure import ROOT, heading, progress, table, write
+from measure import ROOT, heading, markdown_table, progress, table, write
 from tasks import HEADS, TASKS, Batch, Task, collate, outputs, sqnr
 from torch import Tensor, nn
 
@@ -416,13 +417,44 @@ def hqq(task: Task, model: nn.Module, calibration: list[Batch], group: int) -> F
     return model
 
 
+# ---- ours ---------------------------------------------------------------------------------------------------------------
+def ours(
+    task: Task, model: nn.Module, calibration: list[Batch], scope: str, method: str, weights: int, activations: int
+) -> Forward:
+    """A row of accuracy.py, the heads left alone as everywhere here."""
+    from accuracy import ALL, SCOPES
+
+    import fxquant
+
+    recipe = ALL[method](SCOPES[scope], weights, activations).replace(ignore=HEADS)
+    plan = fxquant.calibrate(model, calibration, recipe)
+    torch._dynamo.reset()
+    model.compile(backend="outlierq", options={"plan": plan, "inductor": False}, dynamic=task.name == "sst2")
+    return model
+
+
 def _with(function: Callable[..., Forward], **arguments: Any) -> Callable[[Task, nn.Module, list[Batch]], Forward]:
     return functools.partial(function, **arguments)
 
 
 LM = ("smollm2",)
 SMALL = ("sst2", "vit")  # where all activations of the calibration set fit into memory at once
+tokens8 = functools.partial(_with, ours, scope="tokens", weights=8, activations=8)
+static8 = functools.partial(_with, ours, scope="linears", weights=8, activations=8)
+static6 = functools.partial(_with, ours, scope="linears", weights=6, activations=6)
+groups4 = functools.partial(_with, ours, scope="groups", weights=4, activations=16)
 PEERS = (
+    Peer("fxquant", "W8A8 dynamic", "per token, asymmetric", tokens8(method="none")),
+    Peer("fxquant", "W8A8 dynamic", "per token, balance", tokens8(method="balance")),
+    Peer("fxquant", "W8A8 dynamic", "per token, rotations", tokens8(method="rotations")),
+    Peer("fxquant", "W8A8 static", "averaged min-max", static8(method="min/max")),
+    Peer("fxquant", "W8A8 static", "OS+", static8(method="OS+")),
+    Peer("fxquant", "W8A8 static", "splitting, OS+", static8(method="splitting, OS+")),
+    Peer("fxquant", "W6A6 static", "averaged min-max", static6(method="min/max")),
+    Peer("fxquant", "W6A6 static", "MSE", static6(method="MSE")),
+    Peer("fxquant", "W6A6 static", "OS+", static6(method="OS+")),
+    Peer("fxquant", "W4A16", "groups of 96, min-max", groups4(method="none"), LM),
+    Peer("fxquant", "W4A16", "groups of 96, AWQ", groups4(method="AWQ"), LM),
     Peer("onnxruntime", "float", "the export itself", ort_float),
     Peer("openvino", "float", "the export itself", nncf_float),
     Peer("torchao", "W8A8 dynamic", "per token, symmetric", torchao_dynamic),
@@ -493,6 +525,7 @@ def main() -> None:
     parser.add_argument("--setting", action="append", help="default: all")
     parser.add_argument("--again", action="store_true", help="measure what the file already has, too")
     parser.add_argument("--table", action="store_true", help="run nothing: print what is in the file")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the tables there, too")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "benchmarks" / "peers.json")
     args = parser.parse_args()
 
@@ -517,13 +550,42 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             with contextlib.redirect_stdout(io.StringIO()):  # after each: a peer may end the process
                 write("peers", merged(rows, args.json), args.json)
-    cells: list[tuple[object, ...]] = [("task", "scheme", "peer", "setting", "score", "lost", "SQNR [dB]")]
-    for row in merged([], args.json):
-        figures = [row.get("error", "")[:60], "", ""]
+    found = merged([], args.json)
+    if args.markdown:
+        args.markdown.write_text(markdown(found, args.json))
+    print(f"{heading()}\nlost: points, or percent of perplexity\n\n{table(cells(found, 'task', 'scheme'))}")
+
+
+def cells(rows: list[dict[str, Any]], *first: str) -> list[tuple[str, ...]]:
+    """The rows of a table, a heading before them; ``first``: the fields in front."""
+    fields, body = (*first, "peer", "setting"), list[tuple[str, ...]]()
+    for row in rows:
+        figures = (row.get("error", "")[:60], "", "")
         if "error" not in row:
-            figures = [f"{row['score']:.2f}", f"{row['lost']:.2f}", f"{row['sqnr']:.1f}"]
-        cells.append((row["task"], row["scheme"], row["peer"], row["setting"], *figures))
-    print(f"{heading()}\nlost: points, or percent of perplexity\n\n{table(cells)}")
+            figures = (f"{row['score']:.2f}", f"{row['lost']:+.2f}", f"{row['sqnr']:.1f}")
+        body.append((*(row[field] for field in fields), *figures))
+    return [(*fields, "score", "lost", "SQNR [dB]"), *body]
+
+
+def markdown(rows: list[dict[str, Any]], path: Path) -> str:
+    """A section per task and scheme, the least loss first; the machine is the one of the last row measured."""
+    m = json.loads(path.read_text())["machine"]
+    blocks = [
+        "# Against others",
+        "    python benchmarks/peers.py --markdown docs/results/peers.md",
+        f"{m['processor']}, {m['threads']} threads; torch {m['torch']}, transformers {m['transformers']}, "
+        f"fxquant {m['fxquant']}; versions of the others in benchmarks/peers-requirements.txt",
+        "Same models, same data to calibrate on (seed 0), heads in floating point on all sides. Lost: points, or percent of\n"
+        "perplexity. SQNR of the logits. The least loss first. What could not be run says why.",
+    ]
+    for name in SIZES:
+        of_task = [row for row in rows if row["task"] == name]
+        for scheme in dict.fromkeys(row["scheme"] for row in of_task):
+            some = sorted((r for r in of_task if r["scheme"] == scheme), key=lambda r: ("error" in r, r.get("lost", 0.0)))
+            before = next((f", float {row['float']:.2f}" for row in some if "float" in row), "")
+            title = f"## {TASKS[name].title}, {scheme}: {TASKS[name].metric}{before}"
+            blocks.append(f"{title}\n\n{markdown_table(cells(some))}")
+    return "\n\n".join(blocks) + "\n"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -331,3 +332,40 @@ def test_without_a_compiler_another_kernel_runs_and_the_reason_is_known() -> Non
     assert done.returncode == 0, done.stderr
     assert "oneDNN" in done.stdout or "simulated" in done.stdout
     assert "is not used" not in done.stderr  # no instruction set is to blame
+
+
+@needs_library
+@pytest.mark.parametrize("works", [True, pytest.param(False, id="fails")])
+def test_while_the_kernels_are_compiled_a_trial_answers_and_the_build_has_the_last_word(works: bool, tmp_path: Path) -> None:
+    """The compiler knows the flags and waits; what it then cannot compile makes the graph be lowered again, without it."""
+    compiler, go = tmp_path / "compiler", tmp_path / "go"
+    wait = f'while [ ! -e "{go}" ]; do sleep 0.05; done'
+    end = 'exec g++ "$@"' if works else 'echo "error: disk full" >&2; exit 1'
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fsyntax-only*|*--version*) exec g++ "$@";; esac\n{wait}\n{end}\n')
+    compiler.chmod(0o755)
+    code = (
+        "import pathlib, torch, fxquant\n"
+        "from fxquant.backend.cpu import build\n"
+        "from fxquant.backend import pipeline\n"
+        "m = torch.nn.Module(); m.linear = torch.nn.Linear(8, 8); x = torch.randn(2, 8)\n"
+        "asked = []\n"
+        "compile_runtime = pipeline.compile_runtime\n"
+        "def compiling(gm, inductor):\n"
+        "    asked.append((build.running(), build.why_not()))\n"
+        f"    pathlib.Path({str(go)!r}).touch()\n"
+        "    return compile_runtime(gm, inductor)\n"
+        "pipeline.compile_runtime = compiling\n"
+        "f = lambda x: m.linear(x)\n"
+        "y = torch.compile(f, backend='outlierq', options={'inductor': False})(x)\n"
+        "assert (y - m.linear(x)).norm() < 0.05 * y.norm()\n"
+        "print(asked, build.why_not(), fxquant.explain(m))\n"
+    )
+    env = {**os.environ, "CXX": str(compiler), "FXQUANT_CACHE": str(tmp_path), "FXQUANT_CPU_ISA": "vnni"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[(True, '')" in done.stdout
+    if works:
+        assert "int8 VNNI" in done.stdout
+    else:
+        assert done.stdout.count("error: disk full") == 2  # of the second compilation, and in the end
+        assert "int8 VNNI" not in done.stdout

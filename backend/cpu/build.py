@@ -1,11 +1,13 @@
 """Compile the C++ kernels of this folder at first use, and keep the result in the user's cache.
 
 At first use rather than at install: the wheel stays one pure-Python file for every platform, and neither it nor an sdist needs
-a compiler to be installed. It takes seconds, once per machine. Without a compiler, or on a CPU without AVX512-VNNI, the kernels
-that are written in PyTorch run instead, and ``explain`` says why. What AVX512-BF16 or AMX is for is compiled where the CPU has
-it, and used unless ``FXQUANT_CPU_ISA`` names a lesser instruction set. Safe for parallel processes: a library appears by an
-atomic rename. Only g++ by default: what clang writes for OpenMP needs a runtime that PyTorch has not loaded. The library
-registers the ops of ops.py for CPU tensors, through PyTorch's stable interface, whose headers come with PyTorch.
+a compiler to be installed. It takes seconds, once per machine, beside the graph passes and Inductor's own compiler: until the
+library is there a trial of the compiler answers whether it will be (``why_not``). Without a compiler, or on a CPU without
+AVX512-VNNI, the kernels that are written in PyTorch run instead, and ``explain`` says why. What AVX512-BF16 or AMX is for is
+compiled where the CPU has it, and used unless ``FXQUANT_CPU_ISA`` names a lesser instruction set. Safe for parallel
+processes: a library appears by an atomic rename. Only g++ by default: what clang writes for OpenMP needs a runtime that
+PyTorch has not loaded. The library registers the ops of ops.py for CPU tensors, through PyTorch's stable interface, whose
+headers come with PyTorch.
 """
 
 import ctypes
@@ -14,9 +16,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -60,18 +63,47 @@ class CannotBuild(Exception):
     """There is no library, for the reason in the message."""
 
 
-@lru_cache(1)
-def isa() -> str:
-    """The instruction set that the kernels use, of SOURCES. Raises CannotBuild if there is no library for any."""
-    wanted = os.environ.get("FXQUANT_CPU_ISA", "")
-    if wanted not in ("", *SOURCES):
+_begun: Future[tuple[str, tuple[str, ...]]] | None = None
+_beginning = threading.Lock()
+
+
+def begin() -> Future[tuple[str, tuple[str, ...]]]:
+    """Compile the kernels, in a thread of their own, or load what was compiled before; once per process.
+
+    The instruction set that they use, of SOURCES, and what is to be said about better ones; or CannotBuild.
+    """
+    global _begun
+    with _beginning:
+        if _begun is None:
+            wanted, found = _wanted(), Future[tuple[str, tuple[str, ...]]]()
+
+            def build() -> None:
+                try:
+                    found.set_result(_best(wanted))
+                except BaseException as error:
+                    found.set_exception(error)
+
+            if _is_there(wanted[-1]):
+                build()
+            else:
+                threading.Thread(target=build, name="fxquant: compiling C++ kernels", daemon=True).start()
+            _begun = found
+        return _begun
+
+
+def _wanted() -> list[str]:
+    """The instruction sets that this CPU has and ``FXQUANT_CPU_ISA`` allows, the best last."""
+    wanted, known = os.environ.get("FXQUANT_CPU_ISA", ""), list(SOURCES)
+    if wanted not in ("", *known):
         raise FxquantError(
             f"FXQUANT_CPU_ISA is {wanted!r}; one of {', '.join(SOURCES)} is needed, or nothing for the best there is"
         )
-    known = list(SOURCES)
     has = {"vnni": True, "bf16": has_bf16(), "amx": has_amx()}
-    there = [name for name in known if has[name] and (not wanted or known.index(name) <= known.index(wanted))]
-    failed = []
+    return [name for name in known if has[name] and (not wanted or known.index(name) <= known.index(wanted))]
+
+
+def _best(there: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    known, failed = list(SOURCES), list[str]()
     for name in reversed(there):
         try:
             found = _library(name)
@@ -84,9 +116,23 @@ def isa() -> str:
             break
     found.use_isa(known.index(name))
     found.register_ops()
+    return name, tuple(failed)
+
+
+@lru_cache(1)
+def isa() -> str:
+    """The instruction set that the kernels use, of SOURCES, once they are there. Raises CannotBuild if there are none."""
+    name, failed = begin().result()
     for sentence in failed:
         warnings.warn(sentence, stacklevel=2)
     return name
+
+
+def unit() -> str:
+    """What multiplies integers, "AMX" or "VNNI"; while the kernels are compiled, what it will be if the compiler knows it."""
+    if why_not():
+        return "VNNI"
+    return "AMX" if (_wanted()[-1] if running() else isa()) == "amx" else "VNNI"
 
 
 def library() -> ctypes.CDLL:
@@ -108,6 +154,19 @@ def using(instructions: str) -> Iterator[None]:
 
 @lru_cache(len(SOURCES))
 def _library(isa: str) -> ctypes.CDLL:
+    path, compiler = _place(isa)
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged, by a full disk perhaps
+            path.unlink(missing_ok=True)
+    _compile(compiler, SOURCES[isa], path)
+    return ctypes.CDLL(str(path))
+
+
+@lru_cache(len(SOURCES))
+def _place(isa: str) -> tuple[Path, list[str]]:
+    """Where the library lies, or will, and the compiler's command. Raises CannotBuild if there can be none."""
     if not (has_vnni() and has_avx512()):
         raise CannotBuild("this CPU has no AVX512-VNNI")
     compiler = os.environ.get("CXX") or shutil.which("g++")
@@ -116,22 +175,44 @@ def _library(isa: str) -> ctypes.CDLL:
     text = b"".join((FOLDER / name).read_bytes() for name in (*SOURCES[isa], *HEADERS))
     made_by = f"{compiler} {FLAGS} {SOURCES[isa]} {_version(compiler)} {torch.__version__}"
     name = hashlib.sha256(text + made_by.encode()).hexdigest()[:24]
-    path = cache_folder() / f"cpu-{isa}-{name}.so"
-    if path.exists():
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # damaged, by a full disk perhaps
-            path.unlink(missing_ok=True)
-    _compile(compiler.split(), SOURCES[isa], path)
-    return ctypes.CDLL(str(path))
+    return cache_folder() / f"cpu-{isa}-{name}.so", compiler.split()
 
 
-@lru_cache(1)
-def why_not() -> str:
-    """Why there is no library, or an empty string if there is one."""
+def _is_there(isa: str) -> bool:
+    """Nothing has to be compiled: there is a library, or there can be none."""
+    try:
+        return _place(isa)[0].exists()
+    except CannotBuild:
+        return True
+
+
+def running() -> bool:
+    """Whether the kernels are being compiled, so that what ``why_not`` says is not the last word."""
+    return _begun is not None and not _begun.done()
+
+
+def why_not(wait: bool = False) -> str:
+    """Why there is no library, or an empty string if there is one.
+
+    While it is compiled a trial of the compiler answers, unless ``wait``.
+    """
+    if not begin().done() and not wait:
+        return _trial()
     try:
         library()
     except (CannotBuild, OSError) as error:
+        return str(error)
+    return ""
+
+
+@lru_cache(1)
+def _trial() -> str:
+    """Why the compiler does not take the least that the kernels need, or an empty string if it does."""
+    try:
+        _, compiler = _place(next(iter(SOURCES)))
+        includes = "#include <immintrin.h>\n#include <omp.h>\n"
+        _run([*compiler, *FLAGS, *AVX512_VNNI, "-fsyntax-only", "-x", "c++", "-"], includes)
+    except CannotBuild as error:
         return str(error)
     return ""
 
@@ -165,8 +246,8 @@ def _compile(compiler: list[str], sources: dict[str, tuple[str, ...]], path: Pat
         built.rename(path)
 
 
-def _run(step: list[str]) -> None:
-    done = subprocess.run(step, capture_output=True, text=True)
+def _run(step: list[str], text: str | None = None) -> None:
+    done = subprocess.run(step, input=text, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         first = next((line for line in said if "error" in line), said[-1])

@@ -23,7 +23,7 @@ class Int8VnniLinear:
     @property
     def name(self) -> str:
         """It says what multiplies: AMX where there is any, else AVX512-VNNI."""
-        return f"int8 {'AMX' if not build.why_not() and build.isa() == 'amx' else 'VNNI'} (u8 x s8, fused epilogue)"
+        return f"int8 {build.unit()} (u8 x s8, fused epilogue)"
 
     def supports(self, product: Product) -> Claim | Miss:
         x, w = product.activation, product.weight_spec

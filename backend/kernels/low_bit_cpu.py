@@ -70,7 +70,7 @@ class LowBitLinear(_LowBit):
     @property
     def name(self) -> str:
         """It says what multiplies: AMX where there is any, else AVX512-VNNI."""
-        return f"low-bit {'AMX' if not build.why_not() and build.isa() == 'amx' else 'VNNI'} (u8 x codes, fused epilogue)"
+        return f"low-bit {build.unit()} (u8 x codes, fused epilogue)"
 
     def supports(self, product: Product) -> Claim | Miss:
         x = product.activation
