@@ -3,6 +3,7 @@
 The result of the product is finished, row by row, while it is in the cache: it is never written to memory.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,21 +65,31 @@ def _gate_and_up(rows: fx.Node) -> tuple[fx.Node, fx.Node] | Miss:
     product = operand(rows, 0)
     if product.target is not aten.mul.Tensor or len(product.users) > 1:
         return Miss("'{}' is no product of two that only '{}' reads", product, 0, (product, rows))
+    return gate_and_up(product, {ops.linear: 3})
+
+
+def gate_and_up(product: fx.Node, inputs: Mapping[Any, int]) -> tuple[fx.Node, fx.Node] | Miss:
+    """The two linears ``act(...) * ...`` that ``product`` multiplies: of one input, and nobody else reads either.
+
+    ``inputs``: the ops that may be such, and how many of their arguments are the input; three of the weight, the bias, and what
+    both must have in common follow, with the activation as the last but one.
+    """
     gate, up = product.args
     for node in (gate, up):
-        if not isinstance(node, fx.Node) or node.target is not ops.linear or len(node.users) > 1:
+        if not isinstance(node, fx.Node) or node.target not in inputs or len(node.users) > 1:
             return Miss("'{}' is no integer product that only '{}' reads", product, 0, (node, product))
         if value(node).dtype is not value(product).dtype or not same_sizes(value(node).shape, value(product).shape):
             return Miss("'{}' is broadcast, or of another dtype than '{}'", node, 1, (node, product))
     assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
-    if up.args[8] != "none":
+    if up.args[-2] != "none":
         gate, up = up, gate
-    if gate is up or up.args[8] != "none" or gate.args[:3] != up.args[:3]:
-        return Miss("'{}' and '{}' are no gate and what it lets through, of the same codes", gate, 1, (gate, up))
-    kinds = {None if node.args[6] is None else value(node.args[6]).dtype for node in (gate, up)}
-    if len(kinds) > 1 or value(gate).shape[-1] % ops.PANEL:
-        details = (gate, up, kinds, gate.args[7], ops.PANEL)
-        return Miss("'{}' and '{}' cannot be joined: biases are {}, and {} outputs are no multiple of {}", gate, 2, details)
+    n = inputs[gate.target]
+    if gate is up or up.args[-2] != "none" or gate.target is not up.target or gate.args[:n] != up.args[:n]:
+        return Miss("'{}' and '{}' are no gate and what it lets through, of the same input", gate, 1, (gate, up))
+    kinds = {None if node.args[n + 3] is None else value(node.args[n + 3]).dtype for node in (gate, up)}
+    if len(kinds) > 1 or value(gate).shape[-1] % ops.PANEL or gate.args[n + 4 : -2] != up.args[n + 4 : -2]:
+        details = (gate, up, kinds, value(gate).shape[-1], ops.PANEL)
+        return Miss("'{}' and '{}' cannot be joined: biases are {}, or {} outputs are no multiple of {}", gate, 2, details)
     return gate, up
 
 

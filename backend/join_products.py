@@ -1,4 +1,4 @@
-"""Products of the same input become one, on a CPU: queries, keys and values, mostly.
+"""Products of the same input become one, on a CPU: queries, keys and values, mostly; a gate and what it lets through.
 
 What a call costs beside its weights is no small part of a product of one row.
 """
@@ -20,6 +20,7 @@ from fxquant.graph.weights import depends_on_parameters_only
 from fxquant.patterns.linear import same_sizes
 
 from .cpu import low_bit, ops
+from .fuse_products import gate_and_up
 
 aten = torch.ops.aten
 # How many arguments of each op are its input; four are its weight, and then follows what is asked of both.
@@ -47,6 +48,36 @@ def join_products(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
         if len(joined) > 1 and fuel.take(f"join {', '.join(n.name for n in joined)}"):
             _write(gm, joined, INPUTS[op])
     return misses
+
+
+def join_gates(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
+    """``act(linear(x)) * linear(x)`` of low-bit weights as one op; in place. Returns why some products of two are none.
+
+    Behind 8-bit weights the codes of such a product are made in the same pass: fuse_products.py.
+    """
+    misses: list[Miss] = []
+    inputs = {op: INPUTS[op] for op in low_bit.GATED}
+    for product in list(gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)):
+        pair = gate_and_up(product, inputs)
+        if isinstance(pair, Miss):
+            misses.append(pair)
+        elif fuel.take(f"join '{pair[0].name}' and what it lets through"):
+            _write_gated(gm, product, *pair)
+    return misses
+
+
+def _write_gated(gm: fx.GraphModule, product: fx.Node, gate: fx.Node, up: fx.Node) -> None:
+    op, inputs = low_bit.GATED[gate.target], INPUTS[gate.target]
+    flags = gate.args[inputs + 4 :]  # bits, group size, number of outputs, activation, dtype
+
+    def fused(given: Any, *parts: Any) -> Tensor:
+        joined = (None if parts[0][i] is None else torch.cat([part[i] for part in parts]) for i in range(4))
+        return op(*given, *joined, *flags)  # type: ignore[no-any-return]  # an op
+
+    weights = [list(node.args[inputs : inputs + 4]) for node in (gate, up)]
+    new = splice(gm, product, fused, list(gate.args[:inputs]), *weights, memo=("join_gates", gate.target, *flags))
+    product.replace_all_uses_with(new)
+    erase(gm, product)
 
 
 def _unfit(node: fx.Node) -> Miss | None:

@@ -30,7 +30,7 @@ from .fuse_attention import fuse_attention
 from .fuse_norms import fuse_norms
 from .fuse_products import fuse_products
 from .inductor import compile_runtime
-from .join_products import join_products
+from .join_products import join_gates, join_products
 from .kernels import KERNELS
 from .kernels.attention_cpu import lower_attention
 from .lower import Lowered, lower
@@ -79,6 +79,7 @@ def _through_all_stages(graph: fx.GraphModule, settings: Settings, differentiabl
     fuse_epilogues(graph, fuel)
     fuse_norms(graph, fuel)
     fuse_products(graph, fuel)
+    join_gates(graph, fuel)
     lower_attention(graph, fuel)
     fuse_attention(graph, fuel)
     join_products(graph, fuel)

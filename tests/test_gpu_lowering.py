@@ -25,7 +25,7 @@ from fxquant.backend.cpu import build
 from fxquant.backend.cpu import ops as cpu
 from fxquant.backend.fuse_norms import fuse_norms
 from fxquant.backend.fuse_products import fuse_products
-from fxquant.backend.join_products import join_products
+from fxquant.backend.join_products import join_gates, join_products
 from fxquant.backend.kernels import KERNELS
 from fxquant.backend.kernels.int8_triton import Int8TritonLinear
 from fxquant.backend.kernels.kernel import Kernel, Product, reference
@@ -589,6 +589,22 @@ def test_on_a_cpu_a_gate_what_it_lets_through_and_their_codes_become_one_op(bloc
     gm.recompile()
     assert ops(gm)["linear_gated_u8s8"] == fuses
     assert fuses or any(miss.reason for miss in misses)
+    assert all(map(torch.equal, run(gm, data(gm)), before))
+
+
+@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
+@pytest.mark.parametrize("recipe", ["W4A8", "W4A16"])
+@pytest.mark.parametrize("block", GATED)
+def test_on_a_cpu_a_gate_of_low_bit_weights_and_what_it_lets_through_become_one_op(block: str, recipe: str) -> None:
+    fn, joins = GATED[block]
+    gm = quantized(fn, "cpu", recipe=recipe, dynamic=False)
+    lower(gm, KERNELS, Fuel())
+    before = run(gm, data(gm))
+    misses = join_gates(gm, Fuel())
+    gm.graph.lint()
+    gm.recompile()
+    assert ops(gm)["low_bit_gated_u8" if recipe == "W4A8" else "low_bit_gated_float"] == joins
+    assert joins or any(miss.reason for miss in misses)
     assert all(map(torch.equal, run(gm, data(gm)), before))
 
 

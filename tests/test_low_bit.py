@@ -142,6 +142,55 @@ def test_the_epilogue_is_that_of_int8(activation: str, dtype: torch.dtype) -> No
         torch.testing.assert_close(found(*args), wanted(*args), rtol=max(2e-6, torch.finfo(dtype).eps), atol=2e-6 * 20)
 
 
+def gated(weight: Weight, bias: Tensor | None, activation: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of a gated product behind its rows: the first half of the outputs are the gates."""
+    return *weight.packed(), bias, weight.bits, weight.size, weight.n // 2, activation, dtype
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@given(st.integers(1, 8), st.integers(1, 3), sizes, st.sampled_from([0, 1, 2, 7, 20, 100]), st.booleans(), st.booleans())
+def test_a_gated_product_is_that_of_its_halves(
+    isa: str, activation: str, bits: int, groups: int, size: int, m: int, symmetric: bool, with_bias: bool
+) -> None:
+    """To the last bit in float32, where the result of a half is the same number in and out of a register."""
+    weight = Weight(bits, symmetric and bits > 1, 256, groups, size)
+    bias = torch.randn(256, generator=weight.generator) if with_bias else None
+    x = weight.rows(m)
+    codes = ops.quantize_rows(x, 8, False)
+    biases = (None, None) if bias is None else bias.split(128)
+    for op, read in ((low_bit.linear_float, (x,)), (low_bit.linear_u8, codes)):
+        gate, up = (
+            on(isa, op, *read, *packed, of_half, bits, size, 128, name, torch.float32)
+            for *packed, of_half, name in zip(*(t.split(2) for t in weight.packed()), biases, (activation, "none"), strict=True)
+        )
+        found = on(isa, low_bit.GATED[op], *read, *gated(weight, bias, activation, torch.float32))
+        assert torch.equal(found, gate * up)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_gated_product_is_what_it_is_called(dtype: torch.dtype, rows: int) -> None:
+    weight = Weight(4, False, 256, 3, 32)
+    bias, x = torch.randn(256, generator=weight.generator).to(dtype), weight.rows(rows).to(dtype)
+    args = gated(weight, bias, "silu", dtype)
+    codes = ops.quantize_rows(x, 8, False)
+    rough = 16 * torch.finfo(dtype).eps if rows == 300 else torch.finfo(dtype).eps  # many rows: the halves are rounded, too
+    for found, wanted, limit in (
+        (low_bit.gated_float(x, *args), low_bit.gated_float_reference(x, *args), rough),
+        (low_bit.gated_u8(*codes, *args), low_bit.gated_u8_reference(*codes, *args), torch.finfo(dtype).eps),
+    ):
+        assert found.dtype == dtype
+        error = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+        assert error <= max(2e-6, limit)
+
+
+def test_gates_that_fill_no_panel_are_refused() -> None:
+    weight = Weight(4, True, 140, 2, 32)
+    with pytest.raises(RuntimeError, match="70 gates; a multiple of 64 is needed"):
+        low_bit.gated_float(weight.rows(2), *gated(weight, None, "silu", torch.float32))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_neither_threads_nor_the_rows_beside_change_a_bit(bits: int) -> None:
     weight = Weight(bits, False, 200, 3, 300)

@@ -283,26 +283,30 @@ void multiply(const Kind& kind, const typename Kind::X* x, int64_t stride, int64
   }
 }
 
+// `up`: what gates let through, if they are such.
 template <int ACTIVATION, class Kind>
-void finish(const Kind& kind, const float* total, int64_t m, int64_t rows, int64_t panel) {
+void finish(const Kind& kind, const float* total, const float* up, int64_t m, int64_t rows, int64_t panel) {
   const LowBit& a = kind.a;
   for (int64_t n = panel * PANEL, j = 0; j < 4 && n < a.N; j++, n += LANES) {
     const __mmask16 lanes = tail(a.N - n);
-    const __m512 bias = a.bias ? load(a.bias + n * element_size(a.bias_dtype), a.bias_dtype, lanes) : _mm512_setzero_ps();
+    const auto bias_from = [&](int64_t n) { return load(a.bias + n * element_size(a.bias_dtype), a.bias_dtype, lanes); };
+    const __m512 bias = a.bias ? bias_from(n) : _mm512_setzero_ps();
+    const __m512 bias_up = a.bias && up ? bias_from(a.N + n) : _mm512_setzero_ps();
     for (int64_t i = 0; i < rows; i++) {
-      const __m512 y = activate<ACTIVATION>(kind.of_row(m + i, _mm512_load_ps(total + i * PANEL + j * LANES), bias));
+      const int64_t at = i * PANEL + j * LANES;
+      __m512 y = activate<ACTIVATION>(kind.of_row(m + i, _mm512_load_ps(total + at), bias));
+      if (up) y = _mm512_mul_ps(y, kind.of_row(m + i, _mm512_load_ps(up + at), bias_up));
       store(a.out + ((m + i) * a.N + n) * element_size(a.dtype), y, a.dtype, lanes);
     }
   }
 }
 
-// Rows m to m + rows, BAND at most, of one panel. `x` has groups of `step` elements, and rows of `stride`.
+// The sums over all groups of rows m to m + rows, BAND at most, and one panel.
 template <class Kind, int BITS>
-void band(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t step, int64_t m, int64_t rows, int64_t panel) {
+void sum_up(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t step, int64_t m, int64_t rows, int64_t panel, float* total) {
   const LowBit& a = kind.a;
   alignas(64) typename Kind::W chunk[Kind::CHUNK * PANEL];
   alignas(64) int32_t part[BAND * PANEL];
-  alignas(64) float total[BAND * PANEL];
   const int64_t blocks = (a.size + depth(BITS) - 1) / depth(BITS);
   constexpr int64_t most = Kind::CHUNK / depth(BITS);
   for (int64_t g = 0; g < a.groups; g++) {
@@ -330,7 +334,16 @@ void band(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t s
       }
     }
   }
-  WITH_ACTIVATION(a.activation, finish<A>(kind, total, m, rows, panel));
+}
+
+// Rows m to m + rows, BAND at most, of one panel. `x` has groups of `step` elements, and rows of `stride`.
+template <class Kind, int BITS>
+void band(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t step, int64_t m, int64_t rows, int64_t panel) {
+  const LowBit& a = kind.a;
+  alignas(64) float total[BAND * PANEL], up[BAND * PANEL];
+  sum_up<Kind, BITS>(kind, x, stride, step, m, rows, panel, total);
+  if (a.gated) sum_up<Kind, BITS>(kind, x, stride, step, m, rows, a.N / PANEL + panel, up);
+  WITH_ACTIVATION(a.activation, finish<A>(kind, total, a.gated ? up : nullptr, m, rows, panel));
 }
 
 template <class Kind>

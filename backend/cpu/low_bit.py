@@ -89,6 +89,28 @@ def linear_u8_reference(codes: Tensor, scale: Tensor, zero_point: Tensor, weight
     return linear_float_reference(x, weight, *rest)
 
 
+def gated_float_reference(x: Tensor, *rest: Any) -> Tensor:
+    """``act(gate(x)) * up(x)``, the weight of ``out_features`` gates before that of as many outputs that they multiply."""
+    *weight, out_features, activation, dtype = rest
+    joined = [*weight, 2 * out_features, "none", torch.float64]
+    both = linear_float_reference(x, *joined)
+    gate, up = both.chunk(2, -1)
+    return (activate(gate, activation) * up).to(dtype)
+
+
+def gated_u8_reference(codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """The same with ``x = s_x (q_x - z_x)``, as in ``linear_u8_reference``."""
+    inner = weight.shape[1] * rest[4]
+    return gated_float_reference((codes[..., :inner].double() - zero_point) * scale.double(), weight, *rest)
+
+
+def _gated_decoded(x: Tensor, *rest: Any) -> Tensor:
+    """``gated_float`` for many rows."""
+    *front, out_features, activation, dtype = rest
+    gate, up = _linear_decoded(x, *front, 2 * out_features, "none", x.dtype).chunk(2, -1)
+    return activate(gate, activation).mul_(up).to(dtype)
+
+
 def _linear_decoded(x: Tensor, *rest: Any) -> Tensor:
     """``linear_float`` for many rows: they meet blocks of decoded weights, in PyTorch's own product."""
     *packed, bias, bits, group_size, out_features, activation, dtype = rest
@@ -117,6 +139,9 @@ _WEIGHT = (
 _library = torch.library.Library("fxquant", "FRAGMENT")
 linear_u8 = declare(_library, "low_bit_linear_u8(Tensor codes, Tensor scale, Tensor zero_point, " + _WEIGHT, _fake)
 linear_float = declare(_library, "low_bit_linear_float(Tensor x, " + _WEIGHT, _fake)
+gated_u8 = declare(_library, "low_bit_gated_u8(Tensor codes, Tensor scale, Tensor zero_point, " + _WEIGHT, _fake)
+gated_float = declare(_library, "low_bit_gated_float(Tensor x, " + _WEIGHT, _fake)
+GATED = {linear_u8: gated_u8, linear_float: gated_float}  # act(gate) * up of two products of one input
 decode = declare(  # the values of a packed weight, into ``out`` [K, N] of any float dtype there is
     _library,
     "low_bit_decode(Tensor weight, Tensor weight_scale, Tensor terms, int bits, int group_size, Tensor(a!) out) -> ()",
@@ -124,4 +149,6 @@ decode = declare(  # the values of a packed weight, into ``out`` [K, N] of any f
 )
 _library.define("low_bit_linear_decoded(Tensor x, " + _WEIGHT)
 _library.impl("low_bit_linear_decoded", _linear_decoded, "CPU")  # which the C++ of low_bit_linear_float calls
+_library.define("low_bit_gated_decoded(Tensor x, " + _WEIGHT)
+_library.impl("low_bit_gated_decoded", _gated_decoded, "CPU")  # and that of low_bit_gated_float
 linear_decoded = torch.ops.fxquant.low_bit_linear_decoded.default

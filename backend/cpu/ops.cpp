@@ -317,41 +317,47 @@ int64_t stored_bytes(int64_t bits, int64_t size) {  // of 64 outputs of a group
 }
 
 Tensor low_bit(const Tensor& given, const Maybe& given_scale, const Maybe& given_zero, const Tensor& given_weight, const Tensor& given_weight_scale,
-               const Tensor& given_terms, const Maybe& given_bias, int64_t bits, int64_t size, int64_t outputs, int activation, Type type) {
+               const Tensor& given_terms, const Maybe& given_bias, int64_t bits, int64_t size, int64_t outputs, int activation, Type type,
+               bool gated = false) {
+  need(!gated || outputs % PANEL == 0, outputs, " gates; a multiple of ", PANEL, " is needed");
   const Tensor x = dense(given), weight = dense(given_weight), weight_scale = dense(given_weight_scale), terms = dense(given_terms);
   const Maybe scale = dense(given_scale), zero = dense(given_zero), bias = dense(given_bias);
   need(x.dim() >= 1 && weight.dim() == 3, "rows ", x, " and a weight ", weight, "; [..., K] and [N/64, G, bytes] are needed");
   need(bits >= 1 && bits <= 8 && size > 0, bits, " bits in groups of ", size, "; 1 to 8 bits are needed, and at least one input");
-  const int64_t groups = weight.size(1), width = x.size(x.dim() - 1), rows = rows_of(with_last(x, 1)), panels = (outputs + PANEL - 1) / PANEL;
+  const int64_t groups = weight.size(1), width = x.size(x.dim() - 1), rows = rows_of(with_last(x, 1));
+  const int64_t all = gated ? 2 * outputs : outputs, panels = (all + PANEL - 1) / PANEL;
   of_type(weight, Type::Char, "weight"), of_type(weight_scale, Type::Float, "weight's scale"), of_type(terms, Type::Int, "terms");
   if (scale) of_type(x, Type::Byte, "codes"), of_type(*scale, Type::Float, "scale"), of_type(*zero, Type::Int, "zero point");
   const bool fits = (scale ? width >= size * groups : width == size * groups) && weight.numel() == panels * groups * stored_bytes(bits, size) &&
                     weight_scale.numel() == panels * PANEL * groups && terms.numel() == panels * PANEL * groups &&
-                    (!bias || bias->numel() == outputs) &&
+                    (!bias || bias->numel() == all) &&
                     (!scale || ((scale->numel() == 1 || scale->numel() == rows) && zero->numel() == scale->numel()));
   need(fits, "a product of rows ", x, ", a weight ", weight, " of ", groups, " groups of ", size, " codes of ", bits,
-       " bits, and ", outputs, " outputs (bias ", bias, "): sizes do not agree");
+       " bits, and ", all, " outputs (bias ", bias, "): sizes do not agree");
   Tensor out = empty(with_last(x, outputs), type);
   const LowBit told = {at(x), scale ? F32 : dtype(x), width, scale ? at<float>(*scale) : nullptr, zero ? at<int32_t>(*zero) : nullptr,
                        scale && scale->numel() == rows, at<uint8_t>(weight), at<float>(weight_scale), at<int32_t>(terms), (int)bits, size, groups,
-                       at(bias), bias ? dtype(*bias) : F32, (char*)out.data_ptr(), dtype(type), activation, rows, outputs};
+                       at(bias), bias ? dtype(*bias) : F32, (char*)out.data_ptr(), dtype(type), activation, rows, outputs, gated};
   succeeded(scale ? low_bit_integer(told, isa, threads()) : low_bit_float(told, threads()), "a product", rows, outputs);
   return out;
 }
 
-Tensor low_bit_linear_u8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor terms, Maybe bias,
-                         int64_t bits, int64_t group_size, int64_t out_features, std::string activation, Type type) {
-  return low_bit(codes, scale, zero_point, weight, weight_scale, terms, bias, bits, group_size, out_features, activation_of(activation), type);
+template <bool GATED>
+Tensor low_bit_u8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor terms, Maybe bias,
+                  int64_t bits, int64_t group_size, int64_t out_features, std::string activation, Type type) {
+  return low_bit(codes, scale, zero_point, weight, weight_scale, terms, bias, bits, group_size, out_features, activation_of(activation), type, GATED);
 }
 
 // Few rows meet codes that are decoded in registers; many meet blocks of decoded weights, in PyTorch's own product (low_bit.py).
-Tensor low_bit_linear_float(Tensor x, Tensor weight, Tensor weight_scale, Tensor terms, Maybe bias, int64_t bits, int64_t group_size,
-                            int64_t out_features, std::string activation, Type type) {
+template <bool GATED>
+Tensor low_bit_float(Tensor x, Tensor weight, Tensor weight_scale, Tensor terms, Maybe bias, int64_t bits, int64_t group_size,
+                     int64_t out_features, std::string activation, Type type) {
   if (rows_of(with_last(x, 1)) <= most_rows(x.scalar_type()))
-    return low_bit(x, {}, {}, weight, weight_scale, terms, bias, bits, group_size, out_features, activation_of(activation), type);
+    return low_bit(x, {}, {}, weight, weight_scale, terms, bias, bits, group_size, out_features, activation_of(activation), type, GATED);
   std::array<StableIValue, 10> stack{from(x), from(weight), from(weight_scale), from(terms), from(bias), from(bits), from(group_size),
                                      from(out_features), from(activation), from(type)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fxquant::low_bit_linear_decoded", "", stack.data(), TORCH_ABI_VERSION));
+  const char* op = GATED ? "fxquant::low_bit_gated_decoded" : "fxquant::low_bit_linear_decoded";
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -387,8 +393,10 @@ void register_ops() {
       .impl("linear_gated_u8s8", TORCH_BOX(&linear_gated_u8s8))
       .impl("attention", TORCH_BOX(&attention_op))
       .impl("attend_u8s8", TORCH_BOX(&attend_u8s8))
-      .impl("low_bit_linear_u8", TORCH_BOX(&low_bit_linear_u8))
-      .impl("low_bit_linear_float", TORCH_BOX(&low_bit_linear_float))
+      .impl("low_bit_linear_u8", TORCH_BOX(&low_bit_u8<false>))
+      .impl("low_bit_linear_float", TORCH_BOX(&low_bit_float<false>))
+      .impl("low_bit_gated_u8", TORCH_BOX(&low_bit_u8<true>))
+      .impl("low_bit_gated_float", TORCH_BOX(&low_bit_float<true>))
       .impl("low_bit_decode", TORCH_BOX(&low_bit_decode_op));
 }
 }
