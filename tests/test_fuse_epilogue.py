@@ -7,8 +7,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import D, data, quantized
 from graphs import distance, ops, run
-from test_gpu_lowering import D, data, quantized
 from torch import Tensor, fx
 
 from fxquant.backend.kernels import KERNELS

@@ -1,31 +1,38 @@
 """How a graph reaches the Triton kernels: what they mean (on a CPU), and which of them fake tensors on a GPU get."""
 
-import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import (
+    CHANNELS,
+    COUNTS,
+    NORMS,
+    TOKENS,
+    Block,
+    D,
+    data,
+    norm,
+    post_ln,
+    pre_ln,
+    pre_rms,
+    quantized,
+    two_norms_of_one_sum,
+)
 from graphs import distance, ops, run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fxquant import recipe as recipe_module
-from fxquant.backend.cpu import build
-from fxquant.backend.cpu import ops as cpu
 from fxquant.backend.fuse_norms import fuse_norms
-from fxquant.backend.fuse_products import fuse_products
-from fxquant.backend.join_products import join_gates, join_products
 from fxquant.backend.kernels import KERNELS
 from fxquant.backend.kernels.int8_triton import Int8TritonLinear
 from fxquant.backend.kernels.kernel import Kernel, Product, reference
@@ -35,22 +42,16 @@ from fxquant.backend.lower import lower
 from fxquant.backend.triton import launch
 from fxquant.backend.triton.codes import NF4
 from fxquant.backend.triton.fuse_epilogue import arguments, fuse_epilogues
-from fxquant.graph.capture import Parameter, trace
 from fxquant.graph.fold import fold
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
-from fxquant.graph.tidy import tidy
 from fxquant.numerics.affine import IntAffine, QParams
 from fxquant.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from fxquant.numerics.ranges import DYNAMIC, Given, MinMSE
-from fxquant.patterns.annotate import annotate, quantize
-from fxquant.patterns.canonical import canonicalize
-from fxquant.patterns.transforms import equalize
-from fxquant.recipe import Recipe, Spec
+from fxquant.recipe import Spec
 
 INT8, LOW_BIT, WEIGHT_ONLY = Int8TritonLinear(), LowBitTritonLinear(), WeightOnlyTritonLinear()
-TOKENS = {s: Spec(IntAffine(8, symmetric=s), PerToken()) for s in (True, False)}
-CHANNELS = Spec(IntAffine(8), PerChannel(0))
+GEMM = torch.ops.fxquant.a8_gemm.default
 FLOATS, HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
 
 
@@ -116,7 +117,6 @@ def test_a_triton_kernel_is_the_product_of_fake_quantized_operands(case: tuple[K
     assert bool(((y.float() - expected).abs() <= bound).all())
 
 
-STATIC = Spec(IntAffine(8, symmetric=False), PerTensor(), Given(-1.0, 1.0))
 DECLINED = {
     "the site is on cpu": (INT8, {}),
     "8 bits per token are needed": (INT8, {"activation": Spec(IntAffine(7), PerToken())}),
@@ -198,81 +198,6 @@ def test_a_format_with_a_codebook_runs_in_the_weight_only_kernel(granularity, mo
 
 
 # ---- which kernels a graph gets --------------------------------------------------------------------------------------
-D, H = 128, 256  # of the stream and of the MLP
-
-
-def pre_ln(x, G, B, WQ, WO, BO, G2, B2, WU, BU, WD):
-    y = F.layer_norm(x, (D,), G, B)
-    h = x + F.linear(F.linear(y, WQ), WO, BO)
-    return h + F.linear(F.gelu(F.linear(F.layer_norm(h, (D,), G2, B2), WU, BU)), WD)
-
-
-def post_ln(x, WO, BO, G, B, WU, BU, WD, G2, B2):
-    h = F.layer_norm(F.linear(x, WO, BO) + x, (D,), G, B, 1e-12)
-    return F.layer_norm(F.linear(F.gelu(F.linear(h, WU, BU), approximate="tanh"), WD) + h, (D,), G2, B2, 1e-12)
-
-
-def rms(x, G):
-    """As decoders spell it: in float32 inside, the gain outside."""
-    h = x.float()
-    return G * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def pre_rms(x, G, WO, G2, WG, WU, WD):
-    h = x + F.linear(rms(x, G), WO)
-    y = rms(h, G2)
-    return h + F.linear(F.silu(F.linear(y, WG)) * F.linear(y, WU), WD)
-
-
-Block = Callable[..., Tensor]
-GEMM = torch.ops.fxquant.a8_gemm.default
-SHAPES = {
-    **dict.fromkeys(("G", "B", "G2", "B2", "BO"), (D,)), "BU": (H,),
-    **dict.fromkeys(("WQ", "WO"), (D, D)), **dict.fromkeys(("WG", "WU"), (H, D)), "WD": (D, H),
-    "WH": (D, D // 4), "WN": (D - 8, D),
-}  # fmt: skip
-
-
-RECIPES = {
-    "no transforms": Recipe.preset("W8A8", transforms=()),
-    "static": Recipe(weights=CHANNELS, activations=STATIC),
-    "static symmetric": Recipe(weights=CHANNELS, activations=Spec(IntAffine(8), PerTensor(), Given(-4.0, 4.0))),
-    "ternary": Recipe(weights=Spec(IntAffine(2), PerChannel(0)), activations=TOKENS[False]),
-    "W3A8": Recipe(weights=Spec(IntAffine(3), PerGroup(64)), activations=TOKENS[True]),
-}
-
-
-@lru_cache
-def stage(fn: Block, device: str, dtype: torch.dtype, recipe: str, dynamic: bool) -> fx.GraphModule:
-    """``fn`` on x [2, 5, D] (``dynamic``: 2 and 5 are hints of symbols) and parameters, all fake, up to the quantized stage."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    example = torch.empty(2, 5, D)
-    sizes = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    shape = mode.from_tensor(example, source=ConstantSource("x"), symbolic_context=sizes).shape if dynamic else example.shape
-    names = list(inspect.signature(fn).parameters)
-    with mode:
-        values = [torch.empty(SHAPES.get(name, shape), device=device, dtype=dtype) for name in names]
-    gm = trace(fn, values, mode)
-    for name, node in zip(names, gm.graph.find_nodes(op="placeholder"), strict=True):
-        if name in SHAPES:
-            node.meta["parameter"] = Parameter(name, "parameter")
-    settings, fuel = RECIPES[recipe] if recipe in RECIPES else Recipe.preset(recipe), Fuel()
-    gm = canonicalize(tidy(gm), fuel)
-    equalize(gm, settings.transforms, fuel)
-    return quantize(gm, annotate(gm, settings, fuel))
-
-
-def quantized(
-    fn: Block, device: str, dtype: torch.dtype = torch.float32, recipe: str = "W8A8", *, dynamic: bool = True
-) -> fx.GraphModule:
-    """A copy of ``stage`` to be lowered."""
-    made, graph = stage(fn, device, dtype, recipe, dynamic), fx.Graph()
-    graph.output(graph.graph_copy(made.graph, {}))
-    gm = fx.GraphModule(made, graph)
-    gm.meta["fake_mode"] = made.meta["fake_mode"]
-    return gm
-
-
 def lowered(gm: fx.GraphModule) -> tuple[dict[str, str], list[str]]:
     """Lower and fuse in place: which kernel took each parameter, and why rows were not fused with a norm."""
     fuel = Fuel()
@@ -283,21 +208,6 @@ def lowered(gm: fx.GraphModule) -> tuple[dict[str, str], list[str]]:
     return {site: done.kernel for site, done in outcome.items()}, [miss.reason for miss in misses]
 
 
-def data(gm: fx.GraphModule, shape: Sequence[int] = (2, 5, D)) -> list[Tensor]:
-    """Values for the placeholders of ``gm``; every input has ``shape``, gains are about 1."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for node in gm.graph.find_nodes(op="placeholder"):
-        fake, parameter = node.meta["val"], node.meta.get("parameter")
-        drawn = torch.randn(fake.shape if parameter else shape, generator=generator)
-        if parameter:
-            drawn = drawn / 11 if drawn.dim() == 2 else 1 + drawn / 4
-        found.append(drawn.to(fake.dtype))
-    return found
-
-
-NORMS = {pre_ln: "layer_norm_quantize", post_ln: "layer_norm_quantize", pre_rms: "rms_norm_quantize"}
-COUNTS = {pre_ln: (2, 4, 4), post_ln: (1, 3, 3), pre_rms: (2, 4, 3)}  # norms that a linear reads, linears, products of them
 
 
 @pytest.mark.parametrize(
@@ -400,18 +310,9 @@ def test_in_16_bits_the_lowered_block_is_as_near_to_float32_as_the_quantized_one
 
 
 # ---- when a norm is fused, and with what -----------------------------------------------------------------------------
-def norm(x: Tensor, g: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    return F.layer_norm(x, (D,), g, b)
-
-
 def sum_read_before_the_norm(x, y, WO, WQ, G, B):
     h = x + y
     return F.linear(h, WO), F.linear(norm(h, G, B), WQ)
-
-
-def two_norms_of_one_sum(x, y, WO, WQ, G, B, G2):
-    h = x + y
-    return h + F.linear(norm(h, G, B), WO) + F.linear(norm(h, G2), WQ)
 
 
 def norm_read_in_float(x, y, WO, G, B):
@@ -511,151 +412,3 @@ def test_on_a_cpu_nothing_changes_where_no_row_is_quantized_at_run_time(block: B
     before.recompile()
     assert misses == []
     assert ours.code == before.code
-
-
-@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
-@pytest.mark.parametrize("block", NORMS)
-def test_on_a_cpu_norms_fuse_with_their_quantization_and_products_with_both(block: Block) -> None:
-    plain, ours = quantized(block, "cpu"), quantized(block, "cpu")
-    lower(ours, KERNELS, Fuel())
-    before = run(ours, data(ours))
-    assert fuse_norms(ours, Fuel()) is not None and ops(ours)["normalize_rows_u8"] == COUNTS[block][0]
-    apart = run(ours, data(ours))
-    fuse_products(ours, Fuel())
-    ours.graph.lint()
-    ours.recompile()
-    assert ops(ours)["linear_rows_u8s8"] > 0
-    assert torch.equal(*run(ours, data(ours)), *apart)
-    for other in (before, run(plain, data(plain))):
-        assert distance(other, apart) < 1e-6
-
-
-@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
-def test_on_a_cpu_rows_that_are_viewed_in_another_shape_before_they_are_quantized_stay_apart() -> None:
-    def block(x, G, B, WU):
-        h = F.layer_norm(x, (D,), G, B).reshape(-1, D)
-        return F.linear(h, WU), h
-
-    gm = quantized(block, "cpu", recipe="W8A8", dynamic=False)
-    lower(gm, KERNELS, Fuel())
-    before = run(gm, data(gm))
-    (miss,) = fuse_norms(gm, Fuel())
-    gm.recompile()
-    assert "viewed in another shape" in miss.reason and ops(gm)["normalize_rows_u8"] == 0
-    assert all(map(torch.equal, run(gm, data(gm)), before))
-
-
-@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
-def test_on_a_cpu_the_scale_that_a_transform_leaves_on_a_shortcut_goes_along() -> None:
-    def block(x, G, B, WU, WD, G2, B2, WO):
-        h = F.layer_norm(x, (D,), G, B)
-        return F.linear(F.layer_norm(F.linear(F.linear(h, WU), WD) + h, (D,), G2, B2), WO)
-
-    gm = quantized(block, "cpu")
-    lower(gm, KERNELS, Fuel())
-    fuse_norms(gm, Fuel())
-    apart, between = run(gm, data(gm)), ops(gm)["mul"]
-    fuse_products(gm, Fuel())
-    gm.graph.lint()
-    gm.recompile()
-    (scaled,) = [n for n in gm.graph.nodes if n.target is cpu.linear_rows and n.args[10] is not None]
-    assert scaled.args[11] is not None and ops(gm)["mul"] == between - 1
-    assert torch.equal(*run(gm, data(gm)), *apart)
-
-
-GATED = {  # block -> whether it becomes one op
-    "gate first": (lambda x, WG, WU, WD: F.linear(F.silu(F.linear(x, WG)) * F.linear(x, WU), WD), True),
-    "gate last": (lambda x, WG, WU, WD: F.linear(F.linear(x, WU) * F.gelu(F.linear(x, WG)), WD), True),
-    "no activation": (lambda x, WG, WU, WD: F.linear(F.linear(x, WG) * F.linear(x, WU), WD), True),
-    "two activations": (lambda x, WG, WU, WD: F.linear(F.silu(F.linear(x, WG)) * F.silu(F.linear(x, WU)), WD), False),
-    "other codes": (lambda x, WG, WU, WD: F.linear(F.silu(F.linear(x.sin(), WG)) * F.linear(x, WU), WD), False),
-    "broadcast": (lambda x, WG, WU, WD: F.linear(F.silu(F.linear(x, WG)) * F.linear(x[:1], WU), WD), False),
-    "the square of one": (lambda x, WG, WU, WD: F.linear((y := F.linear(x, WG)) * y, WD) + F.linear(x, WU)[..., :D], False),
-    "read by others": (lambda x, WG, WU, WD: ((y := F.silu(F.linear(x, WG))).sum(), F.linear(y * F.linear(x, WU), WD)), False),
-    "one bias": (lambda x, WG, WU, BU, WD: F.linear(F.silu(F.linear(x, WG)) * F.linear(x, WU, BU), WD), False),
-    "two biases": (lambda x, WG, WU, BU, WD: F.linear(F.silu(F.linear(x, WG, BU)) * F.linear(x, WU, BU), WD), True),
-}
-
-
-@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
-@pytest.mark.parametrize("block", GATED)
-def test_on_a_cpu_a_gate_what_it_lets_through_and_their_codes_become_one_op(block: str) -> None:
-    fn, fuses = GATED[block]
-    gm = quantized(fn, "cpu", recipe="W8A8", dynamic=False)
-    lower(gm, KERNELS, Fuel())
-    before = run(gm, data(gm))
-    misses = fuse_products(gm, Fuel())
-    gm.graph.lint()
-    gm.recompile()
-    assert ops(gm)["linear_gated_u8s8"] == fuses
-    assert fuses or any(miss.reason for miss in misses)
-    assert all(map(torch.equal, run(gm, data(gm)), before))
-
-
-@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
-@pytest.mark.parametrize("recipe", ["W4A8", "W4A16"])
-@pytest.mark.parametrize("block", GATED)
-def test_on_a_cpu_a_gate_of_low_bit_weights_and_what_it_lets_through_become_one_op(block: str, recipe: str) -> None:
-    fn, joins = GATED[block]
-    gm = quantized(fn, "cpu", recipe=recipe, dynamic=False)
-    lower(gm, KERNELS, Fuel())
-    before = run(gm, data(gm))
-    misses = join_gates(gm, Fuel())
-    gm.graph.lint()
-    gm.recompile()
-    assert ops(gm)["low_bit_gated_u8" if recipe == "W4A8" else "low_bit_gated_float"] == joins
-    assert joins or any(miss.reason for miss in misses)
-    assert all(map(torch.equal, run(gm, data(gm)), before))
-
-
-def heads(y: Tensor) -> Tensor:
-    return y.view(*y.shape[:-1], -1, 32).transpose(1, 2)
-
-
-def attention_of(x: Tensor, *weights: Tensor) -> list[Tensor]:
-    return [heads(F.linear(x, w)) for w in weights]
-
-
-JOINED = {  # block -> how many products are left
-    "queries, keys and values": (lambda x, WQ, WG, WU: sum(h.sum(1).sum(-1) for h in attention_of(x, WQ, WG, WU)), 1),
-    "others read between them": (lambda x, WQ, WG: (y := F.linear(x, WQ).exp()) + (F.linear(x, WG) * y.sum())[..., :D], 1),
-    "with biases": (lambda x, WG, WU, BU: F.linear(x, WG, BU).cos() + F.linear(x, WU, BU).sin(), 1),
-    "other inputs": (lambda x, WG, WU: F.linear(x, WG).cos() + F.linear(x.sin(), WU).sin(), 2),
-    "other epilogues": (lambda x, WG, WU: F.silu(F.linear(x, WG)).cos() + F.linear(x, WU).sin(), 2),
-    "a bias and none": (lambda x, WG, WU, BU: F.linear(x, WG, BU).cos() + F.linear(x, WU).sin(), 2),
-    "no whole panels": (lambda x, WG, WN: F.linear(x, WG)[..., : D - 8] + F.linear(x, WN).sin(), 2),
-    "rows are viewed as one": (lambda x, WG, WU: F.linear(x, WG).view(-1).sum() + F.linear(x, WU).sin(), 2),
-    "one is returned": (lambda x, WG, WU: (heads(F.linear(x, WG)), F.linear(x, WU).sin()), 2),
-    "one is written to": (lambda x, WG, WU: ((y := F.linear(x, WG))[..., :4].mul_(2).sum() + y) * F.linear(x, WU).sin(), 2),
-    "strides are asked for": (lambda x, WG, WU: F.linear(x, WG).as_strided((2, 2), (1, 1)).sum() + F.linear(x, WU).sin(), 2),
-}
-
-
-@pytest.mark.skipif(bool(build.why_not()), reason=f"no C++ kernels here: {build.why_not()}")
-@pytest.mark.parametrize("recipe", ["W8A8", "W4A8", "W4A16"])
-@pytest.mark.parametrize("block", JOINED)
-def test_on_a_cpu_products_of_the_same_input_become_one(block: str, recipe: str) -> None:
-    fn, left = JOINED[block]
-    gm = quantized(fn, "cpu", recipe=recipe, dynamic=False)
-    lower(gm, KERNELS, Fuel())
-    fuse_products(gm, Fuel())
-    before = run(gm, data(gm))
-    misses = join_products(gm, Fuel())
-    gm.graph.lint()
-    gm.recompile()
-    counts = ops(gm)
-    assert sum(counts[op] for op in ("linear_u8s8", "low_bit_linear_u8", "low_bit_linear_float")) == left
-    assert all(miss.reason for miss in misses) and (not misses or left == 2)
-    assert all(map(torch.equal, run(gm, data(gm)), before))
-
-
-def test_a_product_that_others_read_too_is_not_fused_and_says_why() -> None:
-    def block(x, WU, WO):
-        y = F.linear(x, WU)
-        return y.sin(), F.linear(y[..., :D], WO), F.linear(y.relu()[..., :D], WO)
-
-    gm = quantized(block, "cpu", recipe="no transforms", dynamic=False)
-    lower(gm, KERNELS, Fuel())
-    reasons = [miss.reason for miss in fuse_products(gm, Fuel())]
-    assert ops(gm)["linear_rows_u8s8"] == 0
-    assert reasons and all(reasons)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_gpu_lowering import data, post_ln, pre_rms, quantized
+from blocks import data, post_ln, pre_rms, quantized
 from torch import nn
 
 import fxquant
