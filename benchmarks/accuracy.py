@@ -104,6 +104,7 @@ METHODS: Mapping[str, Method] = {
 # Measured only where --method names them: splitting, and what is for scopes without static ranges.
 OTHERS: Mapping[str, Method] = {
     "splitting, OS+": _of(AverageMinMax(), "split_channels", "shift_scale"),
+    "OS+, clipping": _of(TokenWise(fine=True), "shift_scale"),
     "none": _of(AverageMinMax()),
     "balance": _of(AverageMinMax(), "balance"),
     "rotations": _of(AverageMinMax(), "rotate"),
