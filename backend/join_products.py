@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph.effects import family, writers_of
+from fxquant.graph.effects import family, writers_between, writers_of
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.match import Miss
 from fxquant.graph.rewrite import erase, splice
@@ -38,9 +38,11 @@ def join_products(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
             groups[op, node.args[:inputs], asked].append(node)
     misses: list[Miss] = []
     for (op, _, _), group in groups.items():
-        joined = []
+        joined: list[fx.Node] = []
         for node in sorted(group):
             unfit = _unfit(node)
+            if unfit is None and joined:
+                unfit = _written_between(joined[0], node)
             if unfit is None:
                 joined.append(node)
             elif len(group) > 1:
@@ -61,6 +63,8 @@ def join_gates(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
         pair = gate_and_up(product, inputs)
         if isinstance(pair, Miss):
             misses.append(pair)
+        elif (written := _written_between(*sorted(pair))) is not None:
+            misses.append(written)
         elif fuel.take(f"join '{pair[0].name}' and what it lets through"):
             _write_gated(gm, product, *pair)
     return misses
@@ -75,7 +79,8 @@ def _write_gated(gm: fx.GraphModule, product: fx.Node, gate: fx.Node, up: fx.Nod
         return op(*given, *joined, *flags)  # type: ignore[no-any-return]  # an op
 
     weights = [list(node.args[inputs : inputs + 4]) for node in (gate, up)]
-    new = splice(gm, product, fused, list(gate.args[:inputs]), *weights, memo=("join_gates", gate.target, *flags))
+    place = max(gate, up)  # behind which the input may be written to
+    new = splice(gm, place, fused, list(gate.args[:inputs]), *weights, memo=("join_gates", gate.target, *flags))
     product.replace_all_uses_with(new)
     erase(gm, product)
 
@@ -97,6 +102,14 @@ def _unfit(node: fx.Node) -> Miss | None:
     weights = node.args[INPUTS[node.target] :]
     if not all(depends_on_parameters_only(n) for n in weights if isinstance(n, fx.Node)):
         return Miss("the weight of '{}' is computed at run time", node, 1, (node,))
+    return None
+
+
+def _written_between(first: fx.Node, last: fx.Node) -> Miss | None:
+    """Why two products that have the same nodes as their input do not read the same numbers."""
+    for x in first.args[: INPUTS[first.target]]:
+        if isinstance(x, fx.Node) and (writer := next(writers_between(x, first, last), None)) is not None:
+            return Miss("'{}' is written to by '{}' between '{}' and '{}'", x, 1, (x, writer, first, last))
     return None
 
 

@@ -159,3 +159,40 @@ def test_a_product_that_others_read_too_is_not_fused_and_says_why() -> None:
     reasons = [miss.reason for miss in fuse_products(gm, Fuel())]
     assert ops(gm)["linear_rows_u8s8"] == 0
     assert reasons and all(reasons)
+
+
+def written_behind(x, WG, WU, WD):
+    g, u = F.silu(F.linear(x, WG)), F.linear(x, WU)
+    x.add_(1)
+    return F.linear(g * u, WD) + x
+
+
+def written_between(x, WG, WU, WD):
+    part, g = x[..., :4], F.silu(F.linear(x, WG))
+    part.add_(1)
+    return F.linear(g * F.linear(x, WU), WD)
+
+
+def written_between_two_that_are_added(x, WG, WU):
+    part, y = x[..., :4], F.linear(x, WG)
+    part.add_(1)
+    return y.sin() + F.linear(x, WU).cos()
+
+
+@pytest.mark.parametrize("recipe", ["W4A8", "W4A16"])
+@pytest.mark.parametrize(
+    ("block", "gates"), [(written_behind, True), (written_between, False), (written_between_two_that_are_added, False)]
+)
+def test_products_are_joined_with_what_their_input_held_when_they_read_it(block: Block, gates: bool, recipe: str) -> None:
+    """Of an input that is written to, each product has codes of its own; in floating point the input itself is read."""
+    gm = quantized(block, "cpu", recipe=recipe, dynamic=False)
+    lower(gm, KERNELS, Fuel())
+    before = run(gm, data(gm))
+    misses = [*join_gates(gm, Fuel()), *join_products(gm, Fuel())]
+    gm.graph.lint()
+    gm.recompile()
+    counts = ops(gm)
+    assert (counts["low_bit_gated_u8"], counts["low_bit_gated_float"]) == (0, gates and recipe == "W4A16")
+    if recipe == "W4A16" and not gates:
+        assert any("is written to by 'add_'" in miss.reason for miss in misses)
+    assert all(map(torch.equal, run(gm, data(gm)), before))

@@ -86,9 +86,20 @@ def begin() -> Future[tuple[str, tuple[str, ...]]]:
             if _is_there(wanted[-1]):
                 build()
             else:
-                threading.Thread(target=build, name="fxquant: compiling C++ kernels", daemon=True).start()
+                threading.Thread(target=build, name="fxquant: compiling C++ kernels").start()
             _begun = found
         return _begun
+
+
+def _begin_anew() -> None:
+    """In a forked process the thread that was to compile is not there."""
+    global _begun, _beginning
+    _beginning = threading.Lock()
+    if _begun is not None and not _begun.done():
+        _begun = None
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _wanted() -> list[str]:
@@ -130,9 +141,11 @@ def isa() -> str:
 
 def unit() -> str:
     """What multiplies integers, "AMX" or "VNNI"; while the kernels are compiled, what it will be if the compiler knows it."""
-    if why_not():
+    begin()
+    try:
+        return "AMX" if (_wanted()[-1] if running() else isa()) == "amx" else "VNNI"
+    except CannotBuild:
         return "VNNI"
-    return "AMX" if (_wanted()[-1] if running() else isa()) == "amx" else "VNNI"
 
 
 def library() -> ctypes.CDLL:
