@@ -99,7 +99,8 @@ def _begin_anew() -> None:
         _begun = None
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+if hasattr(os, "register_at_fork"):  # where there is fork
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _wanted() -> list[str]:
