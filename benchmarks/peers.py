@@ -421,12 +421,13 @@ def hqq(task: Task, model: nn.Module, calibration: list[Batch], group: int) -> F
 def ours(
     task: Task, model: nn.Module, calibration: list[Batch], scope: str, method: str, weights: int, activations: int
 ) -> Forward:
-    """A row of accuracy.py, the heads left alone as everywhere here."""
+    """A row of accuracy.py, heads and convolutions left alone as everywhere here."""
     from accuracy import ALL, SCOPES
 
     import fxquant
 
-    recipe = ALL[method](SCOPES[scope], weights, activations).replace(ignore=HEADS)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    recipe = ALL[method](SCOPES[scope], weights, activations).replace(ignore=[*HEADS, *convolutions])
     plan = fxquant.calibrate(model, calibration, recipe)
     torch._dynamo.reset()
     model.compile(backend="outlierq", options={"plan": plan, "inductor": False}, dynamic=task.name == "sst2")

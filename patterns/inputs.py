@@ -22,6 +22,7 @@ from fxquant.graph.equivalence import (
 )
 from fxquant.graph.laws import LINEAR, NORMS
 from fxquant.graph.layout import Layout
+from fxquant.graph.tidy import operand, value
 
 
 def linear_inputs(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
@@ -59,8 +60,8 @@ def put(gm: fx.GraphModule, linear: fx.Node, kind: type[Map], m: Tensor) -> Appl
         region, numbers = _explicit(gm, linear, kind), m
     if isinstance(region, Refusal):
         return region
-    value = x.meta["val"]
-    return apply(gm, region, kind(constant(gm, numbers.detach().to(value.device, value.dtype), kind.__name__.lower())))
+    fake = value(x)
+    return apply(gm, region, kind(constant(gm, numbers.detach().to(fake.device, fake.dtype), kind.__name__.lower())))
 
 
 def sites_of(gm: fx.GraphModule, name: str, given: Collection[str]) -> tuple[list[tuple[str, fx.Node]], list[Note]]:
@@ -71,7 +72,7 @@ def sites_of(gm: fx.GraphModule, name: str, given: Collection[str]) -> tuple[lis
     sites: list[tuple[str, fx.Node]] = []
     notes: list[Note] = []
     seen: set[fx.Node] = set()
-    for linear in gm.graph.find_nodes(op="call_function", target=LINEAR[0]):
+    for linear, *_ in linear_inputs(gm).values():
         where = site_name(linear)
         if where not in given or linear in seen:
             continue
@@ -86,8 +87,8 @@ def sites_of(gm: fx.GraphModule, name: str, given: Collection[str]) -> tuple[lis
 
 def check_lengths(gm: fx.GraphModule, what: str, given: Mapping[str, Tensor]) -> None:
     """Raise RecipeError if a vector of ``given`` is not as long as its linear's input is wide."""
-    for linear in gm.graph.find_nodes(op="call_function", target=LINEAR[0]):
-        where, inputs = site_name(linear), linear.args[0].meta["val"].shape[-1]
+    for linear, *_ in linear_inputs(gm).values():
+        where, inputs = site_name(linear), value(operand(linear, 0)).shape[-1]
         if where in given and tuple(given[where].shape) != (inputs,):
             shape = tuple(given[where].shape)
             raise RecipeError(f"the {what} of '{where}' has shape {shape}; its linear reads {inputs} channels")

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fxquant.graph.capture import capture
 from fxquant.graph.equivalence import Note
 from fxquant.graph.fuel import Fuel
+from fxquant.graph.rewrite import copy_of
 from fxquant.graph.tidy import tidy
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.transforms import TRANSFORMS, read
@@ -67,11 +68,7 @@ def captured(architecture: Architecture) -> list[Captured]:
 
 def transformed(gm: fx.GraphModule, names: tuple[str, ...]) -> tuple[fx.GraphModule, list[Note]]:
     """A copy of ``gm``, canonical and transformed; what data would have to tell is drawn by chance."""
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(gm.graph, {}))
-    own = fx.GraphModule(gm, copy)
-    own.meta["fake_mode"] = gm.meta["fake_mode"]
-    graph = canonicalize(own, Fuel())
+    graph = canonicalize(copy_of(gm), Fuel())
     notes: list[Note] = []
     for seed, transform in enumerate(read(names)):
         maps = random_maps(transform, Graph(graph, []), seed, SPREAD) if transform.needs else {}

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import captured, copy_of
 from graphs import distance, in_double
 from hypothesis import given
 from hypothesis import strategies as st
 from measuring import CHANNELS, GROUPS, TOKENS, chosen, measured_of, random_maps, values_of
 from models import ZOO
 from random_graphs import SHAPES, TOLERANCE, Graph, Shape, Transformer, graph_of, post_norm, pre_norm, relative_error
-from test_zoo_law import captured, copy_of
 
 from fxquant.errors import CalibrationError, RecipeError
 from fxquant.graph.fuel import Fuel

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as T
+from exactness import captured, copy_of
 from graphs import distance, in_double
 from hypothesis import given
 from hypothesis import strategies as st
 from models import ZOO, by_name
 from random_graphs import TOLERANCE, Graph, Shape, Transformer, graph_of, graphs, post_norm, pre_norm, relative_error
-from test_zoo_law import captured, copy_of
 
 from fxquant.errors import RecipeError
 from fxquant.graph.blocks import Blocks

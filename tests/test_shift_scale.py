@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import captured, copy_of
 from graphs import distance, in_double
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +38,6 @@ from random_graphs import (
     relative_error,
     transformers,
 )
-from test_zoo_law import captured, copy_of
 
 from fxquant.errors import CalibrationError, RecipeError
 from fxquant.graph.equivalence import site_name

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import captured, copy_of
 from graphs import distance, in_double
 from hypothesis import given
 from hypothesis import strategies as st
 from measuring import STATIC, chosen, measured_of, random_maps
 from models import ZOO
 from random_graphs import TOLERANCE, Graph, Shape, Transformer, graph_of, graphs, pre_norm, relative_error
-from test_zoo_law import captured, copy_of
 
 from fxquant.errors import CalibrationError, RecipeError
 from fxquant.graph.fuel import Fuel

@@ -189,10 +189,17 @@ def _write(gm: fx.GraphModule, region: Region, map: Map) -> tuple[fx.Node, ...]:
     held += [(None, _form(layout, map), value.meta["val"].dtype) for value, layout in zip([*left, *entries], ends, strict=True)]
     memo = ("map", kind, len(sites), len(entries), *held)  # equal layers are traced once
     new, operands = weight_algebra(gm, algebra, map.value, old, indices, memo=memo)
+    end, weights = _end_of_weights(gm), parameter_only(gm)
     for site, before, after in zip(sites, old, new, strict=True):
         for slot, was, now in zip(site.law.weights if site.law else (site.argument,), before, after, strict=True):
             if now is not was:
                 _set_argument(site.node, slot, was, now)
+    # A site that is among the weights itself, a constant's cast, reads what was written at the end of them now.
+    late = {site.node for site in sites} & weights
+    for node in list(gm.graph.nodes) if late else ():
+        if node in late:
+            end.prepend(node)
+            late |= set(node.users) & weights
     written = [_explicit(gm, value, kind, operand) for value, operand in zip([*left, *entries], operands, strict=True)]
     undone = dict(zip(left, written, strict=False))
     for site in region.explicit:

@@ -323,6 +323,8 @@ class _Walk:
 
     def _agree(self, value: fx.Node, layout: Layout, known: fx.Node | None) -> None:
         """Every other operand of an add or cat takes the map too."""
+        if value.target is aten.cat.default and self._agreed(value, layout, 0) is None:
+            raise _Refused(f"{_name(value)} puts channels side by side", value)
         for n, operand in self._operands(value):
             if operand is known:
                 continue
