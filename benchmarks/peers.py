@@ -577,7 +577,8 @@ def markdown(rows: list[dict[str, Any]], path: Path) -> str:
         f"{m['processor']}, {m['threads']} threads; torch {m['torch']}, transformers {m['transformers']}, "
         f"fxquant {m['fxquant']}; versions of the others in benchmarks/peers-requirements.txt",
         "Same models, same data to calibrate on (seed 0), heads in floating point on all sides. Lost: points, or percent of\n"
-        "perplexity. SQNR of the logits. The least loss first. What could not be run says why.",
+        "perplexity. SQNR of the logits; where it is that of the float export, nothing was quantized. The least loss first.\n"
+        "What could not be run says why.",
     ]
     for name in SIZES:
         of_task = [row for row in rows if row["task"] == name]
