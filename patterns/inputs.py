@@ -1,6 +1,6 @@
 """The inputs of linears, and a map put on one: into what makes the input where that can take it, else as one op before it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
@@ -64,10 +64,11 @@ def put(gm: fx.GraphModule, linear: fx.Node, kind: type[Map], m: Tensor) -> Appl
     return apply(gm, region, kind(constant(gm, numbers.detach().to(fake.device, fake.dtype), kind.__name__.lower())))
 
 
-def sites_of(gm: fx.GraphModule, name: str, given: Collection[str]) -> tuple[list[tuple[str, fx.Node]], list[Note]]:
+def sites_of(gm: fx.GraphModule, name: str, given: Mapping[str, Tensor]) -> tuple[list[tuple[str, fx.Node]], list[Note]]:
     """One linear per input for which something is given, in the order of the graph; and why others are refused.
 
-    Linears that take the map of one before them are not listed again.
+    Linears that take the map of one before them are not listed again. A layer that runs several times has inputs of one name,
+    of which some may have been widened before.
     """
     sites: list[tuple[str, fx.Node]] = []
     notes: list[Note] = []
@@ -75,6 +76,10 @@ def sites_of(gm: fx.GraphModule, name: str, given: Collection[str]) -> tuple[lis
     for linear, *_ in linear_inputs(gm).values():
         where = site_name(linear)
         if where not in given or linear in seen:
+            continue
+        if (inputs := _width(linear)) != len(given[where]):
+            reason = f"'{linear.name}' reads {inputs} channels by now, not {len(given[where])}"
+            notes.append(Note(name, where, "refused", reason))
             continue
         region = region_at(gm, linear, PositiveScale)
         if isinstance(region, Refusal):
@@ -86,12 +91,18 @@ def sites_of(gm: fx.GraphModule, name: str, given: Collection[str]) -> tuple[lis
 
 
 def check_lengths(gm: fx.GraphModule, what: str, given: Mapping[str, Tensor]) -> None:
-    """Raise RecipeError if a vector of ``given`` is not as long as its linear's input is wide."""
+    """Raise RecipeError if a vector of ``given`` is not as long as an input of its linear is wide."""
+    widths: dict[str, list[int]] = {}
     for linear, *_ in linear_inputs(gm).values():
-        where, inputs = site_name(linear), value(operand(linear, 0)).shape[-1]
-        if where in given and tuple(given[where].shape) != (inputs,):
-            shape = tuple(given[where].shape)
-            raise RecipeError(f"the {what} of '{where}' has shape {shape}; its linear reads {inputs} channels")
+        widths.setdefault(site_name(linear), []).append(_width(linear))
+    for where in given.keys() & widths.keys():
+        shape = tuple(given[where].shape)
+        if shape not in [(width,) for width in widths[where]]:
+            raise RecipeError(f"the {what} of '{where}' has shape {shape}; its linear reads {widths[where][0]} channels")
+
+
+def _width(linear: fx.Node) -> int:
+    return int(value(operand(linear, 0)).shape[-1])
 
 
 def check_scales(given: Mapping[str, Tensor]) -> None:

@@ -46,7 +46,7 @@ def shift_scale(gm: fx.GraphModule, fuel: Fuel, *, scale: Mapping[str, Tensor], 
     for where, z in shift.items():
         if not bool(z.isfinite().all()):
             raise RecipeError(f"the shift of '{where}' holds NaN or infinity")
-    sites, notes = sites_of(gm, NAME, scale.keys() | shift.keys())
+    sites, notes = sites_of(gm, NAME, {**shift, **scale})
     for where, linear in sites:
         maps: list[tuple[type[Map], Tensor]] = []
         if where in shift and bool((shift[where] != 0).any()):
