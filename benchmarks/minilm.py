@@ -16,8 +16,6 @@ import transformers
 from measure import progress
 from torch import Tensor, nn
 
-import fxquant
-
 Batch = dict[str, Tensor]
 
 
@@ -83,6 +81,8 @@ def relative_error(hidden: Tensor, reference: Tensor, mask: Tensor) -> float:
 
 def sides(model: nn.Module, recipe: str, data: Sequence[Batch] = (), **kwargs: Any) -> dict[str, nn.Module]:
     """Three compiled copies of ``model``: Inductor in float32, Inductor in bfloat16, and outlierq, calibrated on ``data``."""
+    import fxquant  # here: that Inductor's side of compile_time.py does without, and that ours takes its time
+
     fp32, bf16, ours = copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model)
     fp32.compile(backend="inductor", **kwargs)
     bf16.compile(backend="inductor", **kwargs)
