@@ -316,19 +316,31 @@ def test_panels_are_unpacked_to_what_was_packed(n: int, k: int) -> None:
     assert torch.equal(ops.unpack_panels(ops.pack_panels(codes), n, k), codes)
 
 
+WITHOUT_KERNELS = (
+    "import sys\n"
+    "from fxquant.backend.cpu import build\n"
+    "import torch, fxquant\n"
+    "m = torch.nn.Module(); m.linear = torch.nn.Linear(8, 8)\n"
+    "f = lambda x: m.linear(x)\n"
+    "y = torch.compile(f, backend='outlierq', options={'inductor': False})(torch.randn(2, 8))\n"
+    "assert sys.argv[1] in build.why_not(), build.why_not()\n"
+    "print(fxquant.explain(m))\n"
+)
+
+
 def test_without_a_compiler_another_kernel_runs_and_the_reason_is_known() -> None:
-    code = (
-        "from fxquant.backend.cpu import build\n"
-        "assert 'no-such-compiler' in build.why_not(), build.why_not()\n"
-        "import torch, fxquant\n"
-        "m = torch.nn.Module(); m.linear = torch.nn.Linear(8, 8)\n"
-        "f = lambda x: m.linear(x)\n"
-        "y = torch.compile(f, backend='outlierq', options={'inductor': False})(torch.randn(2, 8))\n"
-        "print(fxquant.explain(m))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={"CXX": "no-such-compiler", "PATH": ""}, capture_output=True, text=True, check=False
-    )
+    _another_kernel_runs({"CXX": "no-such-compiler", "PATH": ""}, "no-such-compiler")
+
+
+@needs_library
+def test_where_the_compiled_kernels_cannot_be_kept_another_kernel_runs_and_the_reason_is_known(tmp_path: Path) -> None:
+    (file := tmp_path / "file").touch()
+    _another_kernel_runs({**os.environ, "FXQUANT_CACHE": str(file / "cache")}, "set FXQUANT_CACHE to a folder")
+
+
+def _another_kernel_runs(env: dict[str, str], reason: str) -> None:
+    command = [sys.executable, "-c", WITHOUT_KERNELS, reason]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "oneDNN" in done.stdout or "simulated" in done.stdout
     assert "is not used" not in done.stderr  # no instruction set is to blame

@@ -169,13 +169,17 @@ def using(instructions: str) -> Iterator[None]:
 @lru_cache(len(SOURCES))
 def _library(isa: str) -> ctypes.CDLL:
     path, compiler = _place(isa)
-    if path.exists():
+    if os.path.exists(path):
         try:
             return ctypes.CDLL(str(path))
-        except OSError:  # damaged, by a full disk perhaps
-            path.unlink(missing_ok=True)
-    _compile(compiler, SOURCES[isa], path)
-    return ctypes.CDLL(str(path))
+        except OSError:  # damaged, by a full disk perhaps: it is replaced
+            pass
+    try:
+        _compile(compiler, SOURCES[isa], path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        where = f"the compiled kernels cannot be kept in {path.parent}: {error}"
+        raise CannotBuild(f"{where}; set FXQUANT_CACHE to a folder that can be written to") from None
 
 
 @lru_cache(len(SOURCES))
@@ -195,7 +199,7 @@ def _place(isa: str) -> tuple[Path, list[str]]:
 def _is_there(isa: str) -> bool:
     """Nothing has to be compiled: there is a library, or there can be none."""
     try:
-        return _place(isa)[0].exists()
+        return os.path.exists(_place(isa)[0])  # False, too, in a folder that must not be looked into
     except CannotBuild:
         return True
 
@@ -214,7 +218,7 @@ def why_not(wait: bool = False) -> str:
         return _trial()
     try:
         library()
-    except (CannotBuild, OSError) as error:
+    except CannotBuild as error:
         return str(error)
     return ""
 
