@@ -23,7 +23,7 @@ from fxquant.patterns.transforms import equalize
 from .calibration import Maps, Runner, Session, Stage, compared, reads_decoder
 
 VALUES = 1 << 17  # that are kept of a site, and their weights
-PIECES = 12
+PIECES = 12  # of a batch, one after another where that changes nothing: autograd keeps every activation of what it runs
 
 
 class _Sensed(nn.Module):

@@ -44,11 +44,6 @@ class Exactness(NamedTuple):
     distance: float
     outcomes: Counter[str]
 
-    @property
-    def applied(self) -> int:
-        """Places at which something was done."""
-        return self.outcomes["absorbed"] + self.outcomes["explicit"]
-
 
 def captured(architecture: Architecture) -> list[Captured]:
     """The graphs of one forward pass. Gains are far from one, two of them outliers."""
