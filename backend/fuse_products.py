@@ -3,7 +3,6 @@
 The result of the product is finished, row by row, while it is in the cache: it is never written to memory.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from fxquant.graph.tidy import operand, value
 from fxquant.patterns.linear import same_sizes
 
 from .cpu import ops
+from .packed_products import Arguments, gate_and_up, joined
 
 aten = torch.ops.aten
 
@@ -65,32 +65,7 @@ def _gate_and_up(rows: fx.Node) -> tuple[fx.Node, fx.Node] | Miss:
     product = operand(rows, 0)
     if product.target is not aten.mul.Tensor or len(product.users) > 1:
         return Miss("'{}' is no product of two that only '{}' reads", product, 0, (product, rows))
-    return gate_and_up(product, {ops.linear: 3})
-
-
-def gate_and_up(product: fx.Node, inputs: Mapping[Any, int]) -> tuple[fx.Node, fx.Node] | Miss:
-    """The two linears ``act(...) * ...`` that ``product`` multiplies: of one input, and nobody else reads either.
-
-    ``inputs``: the ops that may be such, and how many of their arguments are the input; three of the weight, the bias, and what
-    both must have in common follow, with the activation as the last but one.
-    """
-    gate, up = product.args
-    for node in (gate, up):
-        if not isinstance(node, fx.Node) or node.target not in inputs or len(node.users) > 1:
-            return Miss("'{}' is no integer product that only '{}' reads", product, 0, (node, product))
-        if value(node).dtype is not value(product).dtype or not same_sizes(value(node).shape, value(product).shape):
-            return Miss("'{}' is broadcast, or of another dtype than '{}'", node, 1, (node, product))
-    assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
-    if up.args[-2] != "none":
-        gate, up = up, gate
-    n = inputs[gate.target]
-    if gate is up or up.args[-2] != "none" or gate.target is not up.target or gate.args[:n] != up.args[:n]:
-        return Miss("'{}' and '{}' are no gate and what it lets through, of the same input", gate, 1, (gate, up))
-    kinds = {None if node.args[n + 3] is None else value(node.args[n + 3]).dtype for node in (gate, up)}
-    if len(kinds) > 1 or value(gate).shape[-1] % ops.PANEL or gate.args[n + 4 : -2] != up.args[n + 4 : -2]:
-        details = (gate, up, kinds, value(gate).shape[-1], ops.PANEL)
-        return Miss("'{}' and '{}' cannot be joined: biases are {}, or {} outputs are no multiple of {}", gate, 2, details)
-    return gate, up
+    return gate_and_up(product, {ops.linear})
 
 
 def _operands(rows: fx.Node) -> list[fx.Node]:
@@ -133,12 +108,12 @@ def _write(gm: fx.GraphModule, rows: fx.Node, product: fx.Node) -> None:
 
 
 def _write_gated(gm: fx.GraphModule, rows: fx.Node, gate: fx.Node, up: fx.Node) -> None:
-    flags = (*gate.args[7:], *rows.args[1:])  # number of outputs, activation, dtype; bits and symmetry
+    parts = [Arguments.of(node) for node in (gate, up)]
+    how = (parts[0].out_features, parts[0].activation, parts[0].dtype, *rows.args[1:])  # and bits and symmetry of the rows
 
-    def fused(codes: Any, *parts: Any) -> list[Tensor]:
-        joined = (None if parts[0][i] is None else torch.cat([part[i] for part in parts]) for i in range(4))
-        return list(ops.linear_gated(*codes, *joined, *flags))
+    def fused(codes: Any, *weights: Any) -> list[Tensor]:
+        return list(ops.linear_gated(*codes, *joined(weights), *how))
 
-    weights = [list(node.args[3:7]) for node in (gate, up)]
-    new = splice(gm, rows, fused, list(gate.args[:3]), *weights, memo=("fuse_products", "gated", *flags))
+    weights = [list(part.weight) for part in parts]
+    new = splice(gm, rows, fused, list(parts[0].input), *weights, memo=("fuse_products", "gated", *how))
     replace_outputs(gm, rows, new)

@@ -20,35 +20,31 @@ from fxquant.graph.weights import depends_on_parameters_only
 from fxquant.patterns.linear import same_sizes
 
 from .cpu import low_bit, ops
-from .fuse_products import gate_and_up
+from .packed_products import INPUTS, Arguments, gate_and_up, joined
 
 aten = torch.ops.aten
-# How many arguments of each op are its input; four are its weight, and then follows what is asked of both.
-INPUTS = {ops.linear: 3, low_bit.linear_u8: 3, low_bit.linear_float: 1}
 
 
 def join_products(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
     """Join all products that have the same input and epilogue; in place. Returns why some that could be joined were not."""
     groups: dict[Any, list[fx.Node]] = defaultdict(list)
-    for op, inputs in INPUTS.items():
+    for op in INPUTS:
         for node in gm.graph.find_nodes(op="call_function", target=op):
-            bias = node.args[inputs + 3]
-            *kind, _, activation, dtype = node.args[inputs + 4 :]
-            asked = *kind, activation, dtype, None if bias is None else value(bias).dtype
-            groups[op, node.args[:inputs], asked].append(node)
+            a = Arguments.of(node)
+            groups[op, a.input, a.kind, a.activation, a.dtype, a.bias_dtype].append(node)
     misses: list[Miss] = []
-    for (op, _, _), group in groups.items():
-        joined: list[fx.Node] = []
+    for group in groups.values():
+        fit: list[fx.Node] = []
         for node in sorted(group):
             unfit = _unfit(node)
-            if unfit is None and joined:
-                unfit = _written_between(joined[0], node)
+            if unfit is None and fit:
+                unfit = _written_between(fit[0], node)
             if unfit is None:
-                joined.append(node)
+                fit.append(node)
             elif len(group) > 1:
                 misses.append(unfit)
-        if len(joined) > 1 and fuel.take(f"join {', '.join(n.name for n in joined)}"):
-            _write(gm, joined, INPUTS[op])
+        if len(fit) > 1 and fuel.take(f"join {', '.join(n.name for n in fit)}"):
+            _write(gm, fit)
     return misses
 
 
@@ -58,9 +54,8 @@ def join_gates(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
     Behind 8-bit weights the codes of such a product are made in the same pass: fuse_products.py.
     """
     misses: list[Miss] = []
-    inputs = {op: INPUTS[op] for op in low_bit.GATED}
     for product in list(gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)):
-        pair = gate_and_up(product, inputs)
+        pair = gate_and_up(product, low_bit.GATED)
         if isinstance(pair, Miss):
             misses.append(pair)
         elif (written := _written_between(*sorted(pair))) is not None:
@@ -71,16 +66,15 @@ def join_gates(gm: fx.GraphModule, fuel: Fuel) -> list[Miss]:
 
 
 def _write_gated(gm: fx.GraphModule, product: fx.Node, gate: fx.Node, up: fx.Node) -> None:
-    op, inputs = low_bit.GATED[gate.target], INPUTS[gate.target]
-    flags = gate.args[inputs + 4 :]  # bits, group size, number of outputs, activation, dtype
+    parts = [Arguments.of(node) for node in (gate, up)]
+    op, how = low_bit.GATED[gate.target], (*parts[0].kind, parts[0].out_features, parts[0].activation, parts[0].dtype)
 
-    def fused(given: Any, *parts: Any) -> Tensor:
-        joined = (None if parts[0][i] is None else torch.cat([part[i] for part in parts]) for i in range(4))
-        return op(*given, *joined, *flags)  # type: ignore[no-any-return]  # an op
+    def fused(given: Any, *weights: Any) -> Tensor:
+        return op(*given, *joined(weights), *how)  # type: ignore[no-any-return]  # an op
 
-    weights = [list(node.args[inputs : inputs + 4]) for node in (gate, up)]
+    weights = [list(part.weight) for part in parts]
     place = max(gate, up)  # behind which the input may be written to
-    new = splice(gm, place, fused, list(gate.args[:inputs]), *weights, memo=("join_gates", gate.target, *flags))
+    new = splice(gm, place, fused, list(parts[0].input), *weights, memo=("join_gates", gate.target, *how))
     product.replace_all_uses_with(new)
     erase(gm, product)
 
@@ -99,15 +93,14 @@ def _unfit(node: fx.Node) -> Miss | None:
         views = FAMILIES.get(reader.target) == "view"
         if reader.target is aten.as_strided.default or (views and not _splits_outputs(reader, lead)):
             return Miss("'{}' reads '{}' by where its rows lie", reader, 1, (reader, node))
-    weights = node.args[INPUTS[node.target] :]
-    if not all(depends_on_parameters_only(n) for n in weights if isinstance(n, fx.Node)):
+    if not all(depends_on_parameters_only(n) for n in Arguments.of(node).weight if n is not None):
         return Miss("the weight of '{}' is computed at run time", node, 1, (node,))
     return None
 
 
 def _written_between(first: fx.Node, last: fx.Node) -> Miss | None:
     """Why two products that have the same nodes as their input do not read the same numbers."""
-    for x in first.args[: INPUTS[first.target]]:
+    for x in Arguments.of(first).input:
         if isinstance(x, fx.Node) and (writer := next(writers_between(x, first, last), None)) is not None:
             return Miss("'{}' is written to by '{}' between '{}' and '{}'", x, 1, (x, writer, first, last))
     return None
@@ -117,21 +110,19 @@ def _splits_outputs(view: fx.Node, lead: Sequence[Any]) -> bool:
     return same_sizes(value(view).shape[: len(lead)], lead)
 
 
-def _write(gm: fx.GraphModule, group: list[fx.Node], inputs: int) -> None:
-    first, op = group[0], group[0].target
-    *kind, _, activation, dtype = first.args[inputs + 4 :]
+def _write(gm: fx.GraphModule, group: list[fx.Node]) -> None:
+    first, op, parts = group[0], group[0].target, [Arguments.of(node) for node in group]
+    kind, activation, dtype = parts[0].kind, parts[0].activation, parts[0].dtype
     sizes = [value(node).shape[-1] for node in group]
 
     def fused(given: Any, *weights: Any) -> list[Tensor]:
-        parts = [None if weights[0][i] is None else torch.cat([weight[i] for weight in weights]) for i in range(4)]
-        return list(op(*given, *parts, *kind, sum(sizes), activation, dtype).split(sizes, -1))  # type: ignore[operator]  # an op
+        return list(op(*given, *joined(weights), *kind, sum(sizes), activation, dtype).split(sizes, -1))  # type: ignore[operator]  # an op
 
-    weights = [list(node.args[inputs : inputs + 4]) for node in group]
-    for node in group[1:]:
-        _hoist(node.args[inputs : inputs + 4], first)
-    memo = ("join_products", op, *kind, activation, dtype, *sizes)
-    for node, part in zip(group, splice(gm, first, fused, list(first.args[:inputs]), *weights, memo=memo), strict=True):
-        node.replace_all_uses_with(part)
+    for part in parts[1:]:
+        _hoist(part.weight, first)
+    weights, memo = [list(part.weight) for part in parts], ("join_products", op, *kind, activation, dtype, *sizes)
+    for node, result in zip(group, splice(gm, first, fused, list(parts[0].input), *weights, memo=memo), strict=True):
+        node.replace_all_uses_with(result)
         erase(gm, node)
 
 

@@ -20,7 +20,7 @@ from fxquant.numerics.ranges import Given
 from fxquant.patterns.annotate import annotate, quantize
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.transforms import equalize
-from fxquant.recipe import Recipe, Spec
+from fxquant.recipe import Override, Recipe, Spec
 
 TOKENS = {s: Spec(IntAffine(8, symmetric=s), PerToken()) for s in (True, False)}
 CHANNELS = Spec(IntAffine(8), PerChannel(0))
@@ -66,6 +66,7 @@ RECIPES = {
     "static symmetric": Recipe(weights=CHANNELS, activations=Spec(IntAffine(8), PerTensor(), Given(-4.0, 4.0))),
     "ternary": Recipe(weights=Spec(IntAffine(2), PerChannel(0)), activations=TOKENS[False]),
     "W3A8": Recipe(weights=Spec(IntAffine(3), PerGroup(64)), activations=TOKENS[True]),
+    "W4A8, WU W2": Recipe.preset("W4A8", overrides=(Override("WU", "weights", Spec(IntAffine(2), PerGroup(64))),)),
 }
 
 

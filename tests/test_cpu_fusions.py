@@ -109,6 +109,14 @@ def test_a_gate_of_low_bit_weights_and_what_it_lets_through_become_one_op(block:
     assert all(map(torch.equal, run(gm, data(gm)), before))
 
 
+def test_a_gate_and_what_it_lets_through_of_other_bits_stay_apart() -> None:
+    gm = quantized(GATED["gate first"][0], "cpu", recipe="W4A8, WU W2", dynamic=False)
+    lower(gm, KERNELS, Fuel())
+    reasons = [miss.reason for miss in join_gates(gm, Fuel())]
+    assert any("have other bits and groups: (4, 128) and (2, 64)" in reason for reason in reasons)
+    assert ops(gm)["low_bit_gated_u8"] == 0 and ops(gm)["low_bit_linear_u8"] == 3
+
+
 def heads(y: Tensor) -> Tensor:
     return y.view(*y.shape[:-1], -1, 32).transpose(1, 2)
 
