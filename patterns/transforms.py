@@ -77,7 +77,7 @@ def _read(text: str) -> Transform:
         given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
         if not isinstance(call.func, ast.Name) or call.args or len(given) < len(call.keywords):
             raise SyntaxError
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, RecursionError):  # TypeError: of "smooth(alpha={[]: 1})"
         example = "a name is needed, or a name and arguments such as 'smooth(alpha=0.75)'"
         raise RecipeError(f"the transform {text!r} cannot be read; {example}") from None
     transform = get(call.func.id)
@@ -109,9 +109,11 @@ def _fits(value: Any, parameter: inspect.Parameter) -> bool:
     if isinstance(parameter.default, bool):
         names = parameter.annotation is not bool and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         return isinstance(value, bool) or names
-    if isinstance(value, bool) or not isinstance(value, int if parameter.annotation is int else int | float):
+    counts = parameter.annotation is int
+    if isinstance(value, bool) or not isinstance(value, int if counts else int | float):
         return False
-    return math.isfinite(value) and value >= (parameter.annotation is int and parameter.default > 0)
+    least = 1 if counts and parameter.default > 0 else 0
+    return least <= value < math.inf
 
 
 def equalize(gm: fx.GraphModule, written: Sequence[str], fuel: Fuel, **measured: Mapping[str, Any]) -> list[Note]:

@@ -194,6 +194,8 @@ def test_smoothing_without_statistics_is_refused_before_anything_changes():
         ("smooth(**{'alpha': 1.0})", "cannot be read"),
         ("smooth(alpha=1.0)(2)", "cannot be read"),
         ("smooth(alpha=print())", "cannot be read"),
+        ("smooth(alpha={[]: 1})", "cannot be read"),
+        ("smooth(alpha=1e400)", "something like its default, 0.5"),
         ("", "cannot be read"),
     ],
 )
