@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from dots import dots
 from measure import ROOT, heading, markdown_table, progress, table, write
-from tasks import HEADS, TASKS, Examples, Task, outputs, sqnr
+from tasks import FIXED, HEADS, TASKS, Examples, Task, outputs, sqnr
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -115,8 +115,6 @@ ALL_WIDTHS = {**WIDTHS, **WEIGHTS_ALONE}
 
 # The others are post-norm encoders, for which Outlier Suppression is defined on the whole; these two are not.
 LINEARS = ("vit", "smollm2")
-# Batches all of one shape (500 = 25 * 20 images; windows of 1024), so nothing has to be compiled for dynamic shapes.
-FIXED = {"vit": 20, "smollm2": 2}
 
 
 class Setting(NamedTuple):

@@ -431,7 +431,7 @@ def markdown(known: Mapping[str, Any]) -> str:
         sections.setdefault(section, {})[case] = row
     for section, rows in sections.items():
         sides = list(dict.fromkeys(side for row in rows.values() for side in row))
-        cases: list[tuple[str, ...]] = [("case", *sides)]
+        shown: list[tuple[str, ...]] = [("case", *sides)]
         for case, row in rows.items():
             first = next(iter(row.values()))["seconds"]
             cells = []
@@ -443,8 +443,8 @@ def markdown(known: Mapping[str, Any]) -> str:
                     cells.append(f"{Time(*seconds)}; {row[side]['error']:.3f}")
                 else:
                     cells.append(f"{seconds[0] / first[0]:.2f}x; {row[side]['error']:.3f}")
-            cases.append((case, *cells))
-        lines += ["", f"## {section}", "", markdown_table(cases)]
+            shown.append((case, *cells))
+        lines += ["", f"## {section}", "", markdown_table(shown)]
     return "\n".join(lines) + "\n"
 
 

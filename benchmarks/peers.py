@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from measure import ROOT, heading, markdown_table, progress, table, write
-from tasks import HEADS, TASKS, Batch, Task, collate, outputs, sqnr
+from tasks import FIXED, HEADS, TASKS, Batch, Task, collate, outputs, sqnr
 from torch import Tensor, nn
 
 Forward = Callable[..., Any]
@@ -430,7 +430,7 @@ def ours(
     recipe = ALL[method](SCOPES[scope], weights, activations).replace(ignore=[*HEADS, *convolutions])
     plan = fxquant.calibrate(model, calibration, recipe)
     torch._dynamo.reset()
-    model.compile(backend="outlierq", options={"plan": plan, "inductor": False}, dynamic=task.name == "sst2")
+    model.compile(backend="outlierq", options={"plan": plan, "inductor": False}, dynamic=task.name not in FIXED)
     return model
 
 

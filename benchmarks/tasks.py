@@ -26,6 +26,7 @@ Batch = dict[str, Tensor]
 Metric = Callable[[Tensor, Tensor], float]
 LENGTH = 128  # of the longest texts [tokens]; few reach it
 WINDOW = 1024  # of the language model [tokens]
+FIXED = {"vit": 20, "smollm2": 2}  # batches all of one shape (500 = 25 * 20 images; windows of 1024 tokens)
 HEADS = ("classifier", "lm_head")  # modules that every side of a comparison leaves in floating point
 
 

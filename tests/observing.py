@@ -6,6 +6,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from strategies import granularities, tensors
 from torch import Tensor
 
 from fxquant.numerics.affine import IntAffine
@@ -40,6 +41,13 @@ def batches(draw: st.DrawFn, at_least: int = 1) -> list[Tensor]:
         return x * factor
 
     return [batch() for _ in range(draw(st.integers(at_least, 4)))]
+
+
+@st.composite
+def at_hand(draw: st.DrawFn) -> tuple[Granularity, Tensor]:
+    """A tensor, and a granularity that fits it."""
+    x = draw(tensors(st.sampled_from([torch.float32, torch.float64])))
+    return draw(granularities(tuple(x.shape))), x
 
 
 def seen(observer: Observer, data: Sequence[Tensor], granularity: Granularity) -> Any:

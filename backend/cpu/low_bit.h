@@ -15,8 +15,9 @@ struct LowBit {
   const char* bias; int bias_dtype;
   char* out; int dtype, activation;
   int64_t M, N;
-  bool gated;                                                  // behind the weight of N gates, to which the activation goes, lie
-};                                                             // N more outputs, which they multiply; N is a multiple of PANEL
+  // Behind the weight of N gates, to which the activation goes, lie N more outputs, which they multiply; whole panels.
+  bool gated;
+};
 
 // The weight alone, decoded as [K, N]. low_bit.cpp.
 void low_bit_decode(const LowBit& a, int threads);

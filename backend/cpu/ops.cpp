@@ -359,15 +359,15 @@ Tensor low_bit(const Tensor& given, const Maybe& given_scale, const Maybe& given
 }
 
 template <bool GATED>
-Tensor low_bit_u8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor terms, Maybe bias,
-                  int64_t bits, int64_t group_size, int64_t out_features, std::string activation, Type type) {
+Tensor low_bit_product_u8(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor terms, Maybe bias,
+                          int64_t bits, int64_t group_size, int64_t out_features, std::string activation, Type type) {
   return low_bit(codes, scale, zero_point, weight, weight_scale, terms, bias, bits, group_size, out_features, activation_of(activation), type, GATED);
 }
 
 // Few rows meet codes that are decoded in registers; many meet blocks of decoded weights, in PyTorch's own product (low_bit.py).
 template <bool GATED>
-Tensor low_bit_float(Tensor x, Tensor weight, Tensor weight_scale, Tensor terms, Maybe bias, int64_t bits, int64_t group_size,
-                     int64_t out_features, std::string activation, Type type) {
+Tensor low_bit_product_float(Tensor x, Tensor weight, Tensor weight_scale, Tensor terms, Maybe bias, int64_t bits, int64_t group_size,
+                             int64_t out_features, std::string activation, Type type) {
   if (rows_of(with_last(x, 1)) <= most_rows(x.scalar_type()))
     return low_bit(x, {}, {}, weight, weight_scale, terms, bias, bits, group_size, out_features, activation_of(activation), type, GATED);
   std::array<StableIValue, 10> stack{from(x), from(weight), from(weight_scale), from(terms), from(bias), from(bits), from(group_size),
@@ -409,10 +409,10 @@ void register_ops() {
       .impl("linear_gated_u8s8", TORCH_BOX(&linear_gated_u8s8))
       .impl("attention", TORCH_BOX(&attention_op))
       .impl("attend_u8s8", TORCH_BOX(&attend_u8s8))
-      .impl("low_bit_linear_u8", TORCH_BOX(&low_bit_u8<false>))
-      .impl("low_bit_linear_float", TORCH_BOX(&low_bit_float<false>))
-      .impl("low_bit_gated_u8", TORCH_BOX(&low_bit_u8<true>))
-      .impl("low_bit_gated_float", TORCH_BOX(&low_bit_float<true>))
+      .impl("low_bit_linear_u8", TORCH_BOX(&low_bit_product_u8<false>))
+      .impl("low_bit_linear_float", TORCH_BOX(&low_bit_product_float<false>))
+      .impl("low_bit_gated_u8", TORCH_BOX(&low_bit_product_u8<true>))
+      .impl("low_bit_gated_float", TORCH_BOX(&low_bit_product_float<true>))
       .impl("low_bit_decode", TORCH_BOX(&low_bit_decode_op));
 }
 }
