@@ -21,52 +21,54 @@ struct Space {  // of one thread
 // Scores of MR queries with KEYS keys at `t`; columns beyond the end are zeros and are overwritten by the caller's softmax.
 template <int MR>
 void score(const float* q, const float* keys, float* s, int64_t stride, int64_t D) {
-  __m512 sum[MR][4];
+  for (int first = 0; first < KEYS / LANES; first += WIDE) {
+    Floats sum[MR][WIDE];
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < D; c++, keys += KEYS) {
-    __m512 k0 = _mm512_load_ps(keys), k1 = _mm512_load_ps(keys + 16), k2 = _mm512_load_ps(keys + 32), k3 = _mm512_load_ps(keys + 48);
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < WIDE; j++) sum[i][j] = zeros();
+    const float* column = keys + first * LANES;
+    for (int64_t c = 0; c < D; c++, column += KEYS) {
+      Floats k[WIDE];
+#pragma GCC unroll 4
+      for (int j = 0; j < WIDE; j++) k[j] = floats_at(column + j * LANES);
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) {
-      __m512 x = _mm512_set1_ps(q[i * D + c]);
-      sum[i][0] = _mm512_fmadd_ps(x, k0, sum[i][0]);
-      sum[i][1] = _mm512_fmadd_ps(x, k1, sum[i][1]);
-      sum[i][2] = _mm512_fmadd_ps(x, k2, sum[i][2]);
-      sum[i][3] = _mm512_fmadd_ps(x, k3, sum[i][3]);
+      for (int i = 0; i < MR; i++) {
+        const Floats x = all(q[i * D + c]);
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDE; j++) sum[i][j] = fma(x, k[j], sum[i][j]);
+      }
     }
-  }
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; i++) {
-    _mm512_store_ps(s + i * stride, sum[i][0]);
-    _mm512_store_ps(s + i * stride + 16, sum[i][1]);
-    _mm512_store_ps(s + i * stride + 32, sum[i][2]);
-    _mm512_store_ps(s + i * stride + 48, sum[i][3]);
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < WIDE; j++) write(s + i * stride + (first + j) * LANES, sum[i][j]);
   }
 }
 
 // MR rows of probabilities times NV * 16 columns of the values.
 template <int MR, int NV>
 void mix(const float* p, int64_t stride, const float* values, int64_t width, int64_t T, float* out) {
-  __m512 sum[MR][NV];
+  Floats sum[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) sum[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < NV; j++) sum[i][j] = zeros();
   for (int64_t t = 0; t < T; t++) {
-    __m512 v[NV];
+    Floats v[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) v[j] = _mm512_load_ps(values + t * width + j * LANES);
+    for (int j = 0; j < NV; j++) v[j] = floats_at(values + t * width + j * LANES);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
-      __m512 x = _mm512_set1_ps(p[i * stride + t]);
+      Floats x = all(p[i * stride + t]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) sum[i][j] = _mm512_fmadd_ps(x, v[j], sum[i][j]);
+      for (int j = 0; j < NV; j++) sum[i][j] = fma(x, v[j], sum[i][j]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) _mm512_store_ps(out + i * width + j * LANES, sum[i][j]);
+    for (int j = 0; j < NV; j++) write(out + i * width + j * LANES, sum[i][j]);
 }
 
 template <int MR>
@@ -77,13 +79,13 @@ void queries(const Attention& a, const Space& space, int64_t b, int64_t h, int64
   for (int i = 0; i < MR; i++) {
     softmax(a, space.scores + i * padded, mask_row(a, b, h, l + i), a.causal && l + i + 1 < a.T ? l + i + 1 : a.T, (T + LANES - 1) / LANES * LANES);
   }
-  for (int64_t c = 0; c < width; c += 64) {
+  for (int64_t c = 0; c < width; c += WIDE * LANES) {
     const float* v = space.values + c;
-    switch ((width - c) / LANES) {
+    switch (WIDE == 1 ? 1 : (width - c) / LANES) {
       case 1: mix<MR, 1>(space.scores, padded, v, width, T, mixed + c); break;
-      case 2: mix<MR, 2>(space.scores, padded, v, width, T, mixed + c); break;
-      case 3: mix<MR, 3>(space.scores, padded, v, width, T, mixed + c); break;
-      default: mix<MR, 4>(space.scores, padded, v, width, T, mixed + c);
+      case 2: mix<MR, WIDE == 1 ? 1 : 2>(space.scores, padded, v, width, T, mixed + c); break;
+      case 3: mix<MR, WIDE == 1 ? 1 : 3>(space.scores, padded, v, width, T, mixed + c); break;
+      default: mix<MR, WIDE>(space.scores, padded, v, width, T, mixed + c);
     }
   }
 }
@@ -97,20 +99,20 @@ void band(const Attention& a, const Space& space, int64_t b, int64_t h, int64_t 
     float* column = space.keys + t / KEYS * KEYS * a.D + t % KEYS;
     for (int64_t c = 0; c < a.D; c += LANES) {
       alignas(64) float part[LANES];
-      _mm512_store_ps(part, t < seen ? load(k + (t * a.kt + c) * size, a.dtype, tail(a.D - c)) : _mm512_setzero_ps());
+      write(part, t < seen ? load(k + (t * a.kt + c) * size, a.dtype, tail(a.D - c)) : zeros());
       for (int64_t i = 0; i < LANES && c + i < a.D; i++) column[(c + i) * KEYS] = part[i];
     }
   }
   for (int64_t t = 0; t < seen; t++)
     for (int64_t c = 0; c < width; c += LANES)
-      _mm512_store_ps(space.values + t * width + c, load(v + (t * a.vt + c) * size, a.dtype, tail(a.D - c)));
+      write(space.values + t * width + c, load(v + (t * a.vt + c) * size, a.dtype, tail(a.D - c)));
 
   float* mixed = space.queries + QUERIES * width;
   for (int64_t l = first; l < first + count; l += QUERIES) {
     const int64_t left = first + count - l, rows = left < QUERIES ? left : QUERIES;
     for (int64_t i = 0; i < rows; i++)
       for (int64_t c = 0; c < a.D; c += LANES)
-        _mm512_mask_storeu_ps(space.queries + i * a.D + c, tail(a.D - c), load(a.q + (b * a.qb + h * a.qh + (l + i) * a.ql + c) * size, a.dtype, tail(a.D - c)));
+        write(space.queries + i * a.D + c, tail(a.D - c), load(a.q + (b * a.qb + h * a.qh + (l + i) * a.ql + c) * size, a.dtype, tail(a.D - c)));
     switch (rows) {
       case 1: queries<1>(a, space, b, h, l, mixed, width); break;
       case 2: queries<2>(a, space, b, h, l, mixed, width); break;
@@ -121,7 +123,7 @@ void band(const Attention& a, const Space& space, int64_t b, int64_t h, int64_t 
     }
     for (int64_t i = 0; i < rows; i++)
       for (int64_t c = 0; c < a.D; c += LANES)
-        store(a.out + ((b * a.L + l + i) * a.row + h * a.D + c) * size, _mm512_load_ps(mixed + i * width + c), a.dtype, tail(a.D - c));
+        store(a.out + ((b * a.L + l + i) * a.row + h * a.D + c) * size, floats_at(mixed + i * width + c), a.dtype, tail(a.D - c));
   }
 }
 

@@ -39,17 +39,16 @@ int64_t bf16_attention_bytes(const Attention& a);
 
 namespace {
 
-inline __m512 mask_of(const Attention& a, const char* row, int64_t t, __mmask16 lanes) {
-  const __m512 off = _mm512_set1_ps(-INFINITY);
+inline Floats mask_of(const Attention& a, const char* row, int64_t t, Lanes lanes) {
+  const Floats off = all(-INFINITY);
   if (a.mask_dtype == 3) {
-    if (a.mt == 0) return row[0] ? _mm512_setzero_ps() : off;
-    __m128i bytes = _mm_maskz_loadu_epi8(lanes, row + t);
-    return _mm512_mask_mov_ps(off, _mm_test_epi8_mask(bytes, bytes), _mm512_setzero_ps());
+    if (a.mt == 0) return row[0] ? zeros() : off;
+    return choose(bytes_set(row + t, lanes), zeros(), off);
   }
   if (a.mt == 0) {
     alignas(64) float one[LANES];
-    _mm512_store_ps(one, load(row, a.mask_dtype, 1));
-    return _mm512_set1_ps(one[0]);
+    write(one, load(row, a.mask_dtype, 1));
+    return all(one[0]);
   }
   return load(row + t * element_size(a.mask_dtype), a.mask_dtype, lanes);
 }
@@ -58,9 +57,8 @@ inline __m512 mask_of(const Attention& a, const char* row, int64_t t, __mmask16 
 // number is a row of equals.
 inline void mask_to_powers(const Attention& a, const char* row, float* to) {
   for (int64_t t = 0; t < a.T; t += LANES) {
-    const __m512 mask = mask_of(a, row, t, tail(a.T - t)), x = _mm512_mul_ps(mask, _mm512_set1_ps(1.44269504f));
-    const __mmask16 finite = _mm512_cmp_ps_mask(mask, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
-    _mm512_store_ps(to + t, _mm512_mask_max_ps(x, finite, x, _mm512_set1_ps(-FLT_MAX)));
+    const Floats mask = mask_of(a, row, t, tail(a.T - t)), x = mul(mask, all(1.44269504f));
+    write(to + t, choose(greater(mask, all(-INFINITY)), higher(x, all(-FLT_MAX)), x));
   }
 }
 

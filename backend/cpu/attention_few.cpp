@@ -21,23 +21,6 @@ struct Few {  // what all threads share
   int64_t most = 0;             // keys that are read of any sequence
 };
 
-// Sums of each of sixteen vectors, in order.
-inline __m512 sums(const float* part) {
-  __m512 v[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(part + i * LANES);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    const __m512d x = _mm512_castps_pd(v[2 * i]), y = _mm512_castps_pd(v[2 * i + 1]);
-    v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; i++) v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88), _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
-}
-
 // MR queries with the keys from `first` to `last`; what is written behind `last`, up to a whole vector, is nobody's.
 template <int DTYPE, int MR>
 void score(const Few& f, const float* queries, const char* keys, int64_t first, int64_t last, float* const* rows) {
@@ -46,21 +29,21 @@ void score(const Few& f, const float* queries, const char* keys, int64_t first, 
   for (int64_t t = first; t < last; t += LANES) {
     for (int64_t j = 0; j < LANES && t + j < last; j++) {
       const char* key = keys + (t + j) * f.a.kt * size;
-      __m512 sum[MR];
+      Floats sum[MR];
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; i++) sum[i] = _mm512_setzero_ps();
+      for (int i = 0; i < MR; i++) sum[i] = zeros();
       for (int64_t c = 0; c < f.a.D; c += LANES) {
-        const __m512 k = load(key + c * size, DTYPE, tail(f.a.D - c));
+        const Floats k = load(key + c * size, DTYPE, tail(f.a.D - c));
 #pragma GCC unroll 8
-        for (int i = 0; i < MR; i++) sum[i] = _mm512_fmadd_ps(_mm512_load_ps(queries + i * f.width + c), k, sum[i]);
+        for (int i = 0; i < MR; i++) sum[i] = fma(floats_at(queries + i * f.width + c), k, sum[i]);
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; i++) _mm512_store_ps(part[i] + j * LANES, sum[i]);
+      for (int i = 0; i < MR; i++) write(part[i] + j * LANES, sum[i]);
     }
     for (int64_t j = last - t; j < LANES; j++)
-      for (int i = 0; i < MR; i++) _mm512_store_ps(part[i] + j * LANES, _mm512_setzero_ps());
+      for (int i = 0; i < MR; i++) write(part[i] + j * LANES, zeros());
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) _mm512_store_ps(rows[i] + t, sums(part[i]));
+    for (int i = 0; i < MR; i++) write(rows[i] + t, sums_of_rows(part[i]));
   }
 }
 
@@ -68,17 +51,17 @@ void score(const Few& f, const float* queries, const char* keys, int64_t first, 
 template <int DTYPE, int MR>
 void mix(const Few& f, float* const* rows, const char* values, int64_t seen, int64_t c, char* const* out) {
   const int64_t size = element_size(DTYPE);
-  const __mmask16 low = tail(f.a.D - c), high = f.a.D - c > LANES ? tail(f.a.D - c - LANES) : 0;
-  __m512 sum[MR][2];
+  const Lanes low = tail(f.a.D - c), high = f.a.D - c > LANES ? tail(f.a.D - c - LANES) : 0;
+  Floats sum[MR][2];
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+  for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = zeros();
   values += c * size;
   for (int64_t t = 0; t < seen; t++, values += f.a.vt * size) {
-    const __m512 v0 = load(values, DTYPE, low), v1 = load(values + LANES * size, DTYPE, high);
+    const Floats v0 = load(values, DTYPE, low), v1 = load(values + LANES * size, DTYPE, high);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
-      const __m512 p = _mm512_set1_ps(rows[i][t]);
-      sum[i][0] = _mm512_fmadd_ps(p, v0, sum[i][0]), sum[i][1] = _mm512_fmadd_ps(p, v1, sum[i][1]);
+      const Floats p = all(rows[i][t]);
+      sum[i][0] = fma(p, v0, sum[i][0]), sum[i][1] = fma(p, v1, sum[i][1]);
     }
   }
 #pragma GCC unroll 8
@@ -103,7 +86,7 @@ void score_task(const Few& f, int64_t b, int64_t g, int64_t first, float* querie
     for (int i = 0; i < count; i++) {
       const int64_t h = g * (a.H / a.G) + (row + i) / a.L, l = (row + i) % a.L;
       const char* q = a.q + (b * a.qb + h * a.qh + l * a.ql) * size;
-      for (int64_t c = 0; c < a.D; c += LANES) _mm512_store_ps(queries + i * f.width + c, load(q + c * size, DTYPE, tail(a.D - c)));
+      for (int64_t c = 0; c < a.D; c += LANES) write(queries + i * f.width + c, load(q + c * size, DTYPE, tail(a.D - c)));
       rows[i] = scores_of(f, b, g, row + i);
     }
     switch (count) {

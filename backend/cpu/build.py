@@ -3,8 +3,8 @@
 At first use rather than at install: the wheel stays one pure-Python file for every platform, and neither it nor an sdist needs
 a compiler to be installed. It takes seconds, once per machine, beside the graph passes and Inductor's own compiler: until the
 library is there a trial of the compiler answers whether it will be (``why_not``). Without a compiler, or on a CPU without
-AVX512-VNNI, the kernels that are written in PyTorch run instead, and ``explain`` says why. What AVX512-BF16 or AMX is for is
-compiled where the CPU has it, and used unless ``FXQUANT_CPU_ISA`` names a lesser instruction set. Safe for parallel
+AVX2, the kernels that are written in PyTorch run instead, and ``explain`` says why. What AVX512-VNNI, AVX512-BF16 or AMX is for
+is compiled where the CPU has it, and used unless ``FXQUANT_CPU_ISA`` names a lesser instruction set. Safe for parallel
 processes: a library appears by an atomic rename. Only g++ by default: what clang writes for OpenMP needs a runtime that
 PyTorch has not loaded. The library registers the ops of ops.py for CPU tensors, through PyTorch's stable interface, whose
 headers come with PyTorch.
@@ -28,35 +28,38 @@ import torch
 
 from fxquant.errors import FxquantError
 
-from .features import has_amx, has_avx512, has_bf16, has_vnni
+from .features import has_amx, has_avx2, has_avx512, has_bf16, has_vnni
 
 FOLDER = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 HEADERS = (
-    "simd.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h",
+    "simd.h", "avx2.h", "avx512.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h",
     "attention.h", "softmax.h", "tiles.h", "transpose.h",
 )  # fmt: skip
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 BF16 = (*AVX512_VNNI, "-mavx512bf16", "-DWITH_BF16")
 AMX = (*AVX512_VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-DWITH_AMX")
 PLAIN = ("int8.cpp", "low_bit.cpp", "rows.cpp", "activation.cpp", "attention.cpp", "attention_few.cpp", "attend.cpp")
-OPS = ("-O1", *AVX512_VNNI, "-isystem", str(TORCH / "include"))
+OPS = ("-O1", "-isystem", str(TORCH / "include"))
 LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu")  # which is loaded already
 # Of each instruction set: what is compiled, and how. In the order of InstructionSet in simd.h: the best is the last.
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
-    "vnni": {**dict.fromkeys(PLAIN, AVX512_VNNI), "ops.cpp": OPS},
+    "avx2": {**dict.fromkeys(PLAIN, AVX2), "ops.cpp": (*AVX2, *OPS)},
+    "vnni": {**dict.fromkeys(PLAIN, AVX512_VNNI), "ops.cpp": (*AVX512_VNNI, *OPS)},
     "bf16": {
         **dict.fromkeys(PLAIN, AVX512_VNNI),
         **dict.fromkeys(("attention.cpp", "attention_bf16.cpp"), BF16),
-        "ops.cpp": OPS,
+        "ops.cpp": (*AVX512_VNNI, *OPS),
     },
     "amx": {
         **dict.fromkeys(PLAIN, AVX512_VNNI),
         **dict.fromkeys(("int8.cpp", "low_bit.cpp", "attention.cpp", "int8_amx.cpp", "attention_amx.cpp"), AMX),
-        "ops.cpp": OPS,
+        "ops.cpp": (*AVX512_VNNI, *OPS),
     },
 }
+UNITS = {"avx2": "AVX2", "vnni": "VNNI", "bf16": "VNNI", "amx": "AMX"}
 
 
 class CannotBuild(Exception):
@@ -110,7 +113,7 @@ def _wanted() -> list[str]:
         raise FxquantError(
             f"FXQUANT_CPU_ISA is {wanted!r}; one of {', '.join(SOURCES)} is needed, or nothing for the best there is"
         )
-    has = {"vnni": True, "bf16": has_bf16(), "amx": has_amx()}
+    has = {"avx2": True, "vnni": has_vnni() and has_avx512(), "bf16": has_bf16(), "amx": has_amx()}
     return [name for name in known if has[name] and (not wanted or known.index(name) <= known.index(wanted))]
 
 
@@ -141,12 +144,12 @@ def isa() -> str:
 
 
 def unit() -> str:
-    """What multiplies integers, "AMX" or "VNNI"; while the kernels are compiled, what it will be if the compiler knows it."""
+    """What multiplies integers, of UNITS; while the kernels are compiled, what it will be if the compiler knows it."""
     begin()
     try:
-        return "AMX" if (_wanted()[-1] if running() else isa()) == "amx" else "VNNI"
+        return UNITS[_wanted()[-1] if running() else isa()]
     except CannotBuild:
-        return "VNNI"
+        return next(iter(UNITS.values()))
 
 
 def library() -> ctypes.CDLL:
@@ -157,8 +160,8 @@ def library() -> ctypes.CDLL:
 @contextmanager
 def using(instructions: str) -> Iterator[None]:
     """The ops on ``instructions``, "vnni" or what the library is for, in all threads. Raises ValueError for others."""
-    if instructions not in ("vnni", isa()):
-        raise ValueError(f"the kernels here are for vnni and {isa()}, not for {instructions}")
+    if instructions != isa() and (instructions != "vnni" or isa() == "avx2"):
+        raise ValueError(f"the kernels here are for {isa()}, not for {instructions}")
     before = library().use_isa(list(SOURCES).index(instructions))
     try:
         yield
@@ -185,8 +188,8 @@ def _library(isa: str) -> ctypes.CDLL:
 @lru_cache(len(SOURCES))
 def _place(isa: str) -> tuple[Path, list[str]]:
     """Where the library lies, or will, and the compiler's command. Raises CannotBuild if there can be none."""
-    if not (has_vnni() and has_avx512()):
-        raise CannotBuild("this CPU has no AVX512-VNNI")
+    if not has_avx2():
+        raise CannotBuild("this CPU has no AVX2")
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if not compiler:
         raise CannotBuild("there is no C++ compiler: install g++, or set CXX")
@@ -229,7 +232,7 @@ def _trial() -> str:
     try:
         _, compiler = _place(next(iter(SOURCES)))
         includes = "#include <immintrin.h>\n#include <omp.h>\n"
-        _run([*compiler, *FLAGS, *AVX512_VNNI, "-fsyntax-only", "-x", "c++", "-"], includes)
+        _run([*compiler, *FLAGS, *AVX2, "-fsyntax-only", "-x", "c++", "-"], includes)
     except CannotBuild as error:
         return str(error)
     return ""

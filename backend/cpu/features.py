@@ -3,6 +3,11 @@
 import torch
 
 
+def has_avx2() -> bool:
+    """Eight floats or integers at a time, and with them FMA and F16C, which every such CPU has."""
+    return bool(torch.cpu._is_avx2_supported())
+
+
 def has_vnni() -> bool:
     """Products of u8 and s8 are summed in 32 bits by one instruction (AVX512-VNNI)."""
     return bool(torch.cpu._is_vnni_supported())

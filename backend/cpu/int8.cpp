@@ -1,10 +1,10 @@
-// Integer linear layers for CPUs with AVX512-VNNI: u8 activations times s8 weights, exact in int32, with a fused epilogue.
+// Integer linear layers for CPUs with AVX512-VNNI or AVX2: u8 activations times s8 weights, exact in int32, with a fused epilogue.
 //
 // No PyTorch headers here: it compiles in seconds, and ops.cpp alone speaks to PyTorch. OpenMP symbols are left undefined on purpose:
 // they resolve to the runtime that PyTorch loaded, so there is one thread pool, and torch.set_num_threads counts. Integer sums are
 // exact, so results do not depend on the number of threads.
 //
-// Rows are cut into bands for the threads; a band's product runs on AMX (int8_amx.cpp) or here, on AVX512-VNNI.
+// Rows are cut into bands for the threads; a band's product runs on AMX (int8_amx.cpp) or here.
 
 #include "linear.h"
 
@@ -13,41 +13,49 @@ namespace {
 constexpr int ROWS = 6, FEWEST_ROWS_OF_AMX = 3, RESULT = 320 * 1024, STRIP = 4 << 20;  // bytes of a result, and of weights, that stay in the caches
 
 // MR rows times one panel of 64 outputs. Of ROWS rows each step along K fetches a line from `ahead` on.
-template <int MR, int ACTIVATION>
-void block(const Linear& a, int64_t m, int64_t panel, const int8_t* ahead) {
-  __m512i sum[MR][4];
+template <int MR>
+inline void multiply(const uint8_t* x, const int8_t* w, int64_t K, const int8_t* ahead, int32_t (*exact)[PANEL]) {
+#ifdef __AVX512F__
+  Ints sum[MR][4];
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm512_setzero_si512();
-  const int8_t* w = a.weight + panel * a.K * PANEL;
-  const uint8_t* x = a.codes + m * a.K;
-  for (int64_t k = 0; k < a.K; k += 4, w += 4 * PANEL, ahead += PANEL) {
+  for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = zero_ints();
+  for (int64_t k = 0; k < K; k += 4, w += 4 * PANEL, ahead += PANEL) {
     if (MR == ROWS) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
-    __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64), w2 = _mm512_loadu_si512(w + 128), w3 = _mm512_loadu_si512(w + 192);
+    Ints w0 = ints_at(w), w1 = ints_at(w + 64), w2 = ints_at(w + 128), w3 = ints_at(w + 192);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
       int32_t four;
-      memcpy(&four, x + i * a.K + k, 4);
-      __m512i q = _mm512_set1_epi32(four);
+      memcpy(&four, x + i * K + k, 4);
+      Ints q = all_ints(four);
       sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], q, w0);
       sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], q, w1);
       sum[i][2] = _mm512_dpbusd_epi32(sum[i][2], q, w2);
       sum[i][3] = _mm512_dpbusd_epi32(sum[i][3], q, w3);
     }
   }
-  // Through memory, so that the loop above keeps every sum in a register: an index the compiler cannot unroll would spill them all.
-  alignas(64) int32_t exact[MR][PANEL];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++) {
-    _mm512_store_si512(exact[i], sum[i][0]);
-    _mm512_store_si512(exact[i] + 16, sum[i][1]);
-    _mm512_store_si512(exact[i] + 32, sum[i][2]);
-    _mm512_store_si512(exact[i] + 48, sum[i][3]);
+    write(exact[i], sum[i][0]);
+    write(exact[i] + 16, sum[i][1]);
+    write(exact[i] + 32, sum[i][2]);
+    write(exact[i] + 48, sum[i][3]);
   }
+#else
+  for (int j = 0; j < 4; j++)
+    multiply_quads<MR>(x, K, w + j * 4 * LANES, 4 * PANEL, K, [&](int i, Ints sum) { write(exact[i] + j * LANES, sum); });
+#endif
+}
+
+template <int MR, int ACTIVATION>
+void block(const Linear& a, int64_t m, int64_t panel, const int8_t* ahead) {
+  // Through memory, so that the loop over K keeps every sum in a register: an index the compiler cannot unroll would spill them all.
+  alignas(64) int32_t exact[MR][PANEL];
+  multiply<MR>(a.codes + m * a.K, a.weight + panel * a.K * PANEL, a.K, ahead, exact);
   for (int j = 0; j < 4; j++) {
     const int64_t n = panel * PANEL + j * LANES;
     if (n >= a.N) break;
     const Columns c = columns(a, n);
-    for (int i = 0; i < MR; i++) finish<ACTIVATION>(a, _mm512_load_si512(exact[i] + j * LANES), m + i, n, c);
+    for (int i = 0; i < MR; i++) finish<ACTIVATION>(a, ints_at(exact[i] + j * LANES), m + i, n, c);
   }
 }
 
@@ -71,7 +79,7 @@ void rows(const Linear& a, int64_t m, int64_t count, int64_t panel, const int8_t
   }
 }
 
-void vnni_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last) {
+void wide_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last) {
   for (int64_t panel = first; panel < last; panel++) {
     const int8_t* next = panel + 1 < last ? a.weight + (panel + 1) * a.K * PANEL : a.next;
     WITH_ACTIVATION(a.activation, rows<A>(a, m, count, panel, next));
@@ -84,13 +92,13 @@ void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int6
 #ifdef WITH_AMX
   if (isa == ON_AMX && count >= FEWEST_ROWS_OF_AMX) return amx_band(a, m, count, first, last);
 #endif
-  vnni_band(a, m, count, first, last);
+  wide_band(a, m, count, first, last);
 }
 
 int linear(const Linear& a, const Rows* rows, int isa, int threads) {
   const int64_t M = a.M, N = a.N, K = a.K;
   if (M == 0) return 0;
-  auto of_panels = vnni_band;
+  auto of_panels = wide_band;
   int64_t step = ROWS, tallest = 16 * ROWS, flat = 8 * ROWS, least = 1;  // bands of a thread
 #ifdef WITH_AMX
   if (isa == ON_AMX && M >= FEWEST_ROWS_OF_AMX) {

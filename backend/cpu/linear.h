@@ -36,35 +36,35 @@ namespace {
 inline int64_t padded_row(int64_t N) { return (N + 31) / 32 * 32 + 32; }
 
 struct Columns {  // what the epilogue needs for sixteen outputs
-  __m512 scale, bias;
-  __m512i sums;
-  __mmask16 lanes;  // none beyond N
+  Floats scale, bias;
+  Ints sums;
+  Lanes lanes;  // none beyond N
 };
 
 // Sums are subtracted as 128 high + low, both of 16 bits, by one instruction; those of more inputs than this take three.
 constexpr int64_t MOST_INPUTS_IN_PAIRS = 1 << 15;
 
-inline __m512i pairs_of(__m512i sums) {
-  return _mm512_mask_mov_epi16(_mm512_slli_epi32(_mm512_srai_epi32(sums, 7), 16), 0x55555555, _mm512_and_si512(sums, _mm512_set1_epi32(127)));
+inline Ints pairs_of(Ints sums) {
+  return high_and_low(shl(sar(sums, 7), 16), bits_and(sums, all_ints(127)));
 }
 
 inline Columns columns(const Linear& a, int64_t n) {
-  const __mmask16 lanes = n < a.N ? tail(a.N - n) : 0;
-  const __m512i sums = _mm512_maskz_loadu_epi32(lanes, a.sums + n);
-  const __m512 bias = a.bias ? load(a.bias + n * element_size(a.bias_dtype), a.bias_dtype, lanes) : _mm512_setzero_ps();
-  return {_mm512_maskz_loadu_ps(lanes, a.weight_scale + n), bias, a.K > MOST_INPUTS_IN_PAIRS ? sums : pairs_of(sums), lanes};
+  const Lanes lanes = n < a.N ? tail(a.N - n) : 0;
+  const Ints sums = ints_at(a.sums + n, lanes);
+  const Floats bias = a.bias ? load(a.bias + n * element_size(a.bias_dtype), a.bias_dtype, lanes) : zeros();
+  return {floats_at(a.weight_scale + n, lanes), bias, a.K > MOST_INPUTS_IN_PAIRS ? sums : pairs_of(sums), lanes};
 }
 
 // act((exact - zero sums) scale weight_scale + bias), exact up to the subtraction.
 template <int ACTIVATION>
-inline void finish(const Linear& a, __m512i exact, int64_t m, int64_t n, const Columns& c) {
+inline void finish(const Linear& a, Ints exact, int64_t m, int64_t n, const Columns& c) {
   const int64_t row = m * a.per_row;
   const int32_t zero = a.zero[row];
-  __m512i product = a.K > MOST_INPUTS_IN_PAIRS
-                        ? _mm512_sub_epi32(exact, _mm512_mullo_epi32(c.sums, _mm512_set1_epi32(zero)))
-                        : _mm512_dpwssd_epi32(exact, c.sums, _mm512_set1_epi32((int32_t)((uint32_t)(-zero * 128) << 16 | (uint16_t)-zero)));
-  __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_set1_ps(a.scale[row]));
-  y = activate<ACTIVATION>(_mm512_fmadd_ps(y, c.scale, c.bias));
+  Ints product = a.K > MOST_INPUTS_IN_PAIRS
+                        ? sub(exact, mul(c.sums, all_ints(zero)))
+                        : add_pairs(exact, c.sums, all_ints((int32_t)((uint32_t)(-zero * 128) << 16 | (uint16_t)-zero)));
+  Floats y = mul(to_floats(product), all(a.scale[row]));
+  y = activate<ACTIVATION>(fma(y, c.scale, c.bias));
   store(a.out + (m * a.stride + n) * element_size(a.dtype), y, a.dtype, c.lanes);
 }
 

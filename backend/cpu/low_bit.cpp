@@ -24,43 +24,28 @@ namespace {
 constexpr int ROWS = 6, BAND = 96, AHEAD = 4096;  // rows at a time in registers, and in the caches; bytes to prefetch ahead
 constexpr int TILE = 16, FEWEST_ROWS_OF_AMX = 3;
 
-// The intrinsic, without the copies that GCC 12 makes of every sum around it.
-inline void dpbusd(__m512i& sum, __m512i u8, __m512i s8) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8)); }
+// Sums into sixteen places of a row of them, or onto what is there.
+inline void put(int32_t* row, Ints sum, bool first) { write(row, first ? sum : add(sum, ints_at(row))); }
 
-// Four registers of sums into a row of them, or onto it.
-inline void put(int32_t* row, __m512i a, __m512i b, __m512i c, __m512i d, bool first) {
-  if (!first) {
-    a = _mm512_add_epi32(a, _mm512_load_si512(row)), b = _mm512_add_epi32(b, _mm512_load_si512(row + 16));
-    c = _mm512_add_epi32(c, _mm512_load_si512(row + 32)), d = _mm512_add_epi32(d, _mm512_load_si512(row + 48));
-  }
-  _mm512_store_si512(row, a), _mm512_store_si512(row + 16, b), _mm512_store_si512(row + 32, c), _mm512_store_si512(row + 48, d);
-}
+inline void put(int32_t* row, Floats sum, bool first) { write(row, first ? sum : add(sum, floats_at(row))); }
 
-inline void put(int32_t* row, __m512 a, __m512 b, __m512 c, __m512 d, bool first) {
-  if (!first) {
-    a = _mm512_add_ps(a, _mm512_load_ps(row)), b = _mm512_add_ps(b, _mm512_load_ps(row + 16));
-    c = _mm512_add_ps(c, _mm512_load_ps(row + 32)), d = _mm512_add_ps(d, _mm512_load_ps(row + 48));
-  }
-  _mm512_store_ps(row, a), _mm512_store_ps(row + 16, b), _mm512_store_ps(row + 32, c), _mm512_store_ps(row + 48, d);
-}
-
-inline __m512i masked(__m512i v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8((char)mask)); }
+inline Ints masked(Ints v, int mask) { return bits_and(v, all_bytes((char)mask)); }
 
 // The quads of a block for sixteen outputs, to(i, codes). Shifts cross bytes, and the mask takes away what came from others.
 template <int BITS, class To>
 inline void unpack(const uint8_t* block, To to) {
-  const __m512i v = _mm512_loadu_si512(block);
+  const Ints v = ints_at(block);
   if constexpr (BITS > 4) {
     to(0, v);
   } else if constexpr (BITS != 3) {
 #pragma GCC unroll 8
-    for (int i = 0; i < 8 / BITS; i++) to(i, masked(i ? _mm512_srli_epi16(v, BITS * i) : v, (1 << BITS) - 1));
+    for (int i = 0; i < 8 / BITS; i++) to(i, masked(i ? shr_shorts(v, BITS * i) : v, (1 << BITS) - 1));
   } else {
-    const __m512i low[2] = {v, _mm512_loadu_si512(block + 4 * PANEL)}, high = _mm512_loadu_si512(block + 8 * PANEL);
+    const Ints low[2] = {v, ints_at(block + 4 * PANEL)}, high = ints_at(block + 8 * PANEL);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
-      const __m512i third = i < 2 ? _mm512_slli_epi16(high, 2 - i) : _mm512_srli_epi16(high, i - 2);
-      to(i, _mm512_or_si512(masked(_mm512_srli_epi16(low[i / 4], 2 * (i % 4)), 3), masked(third, 4)));
+      const Ints third = i < 2 ? shl_shorts(high, 2 - i) : shr_shorts(high, i - 2);
+      to(i, bits_or(masked(shr_shorts(low[i / 4], 2 * (i % 4)), 3), masked(third, 4)));
     }
   }
 }
@@ -86,28 +71,35 @@ struct Integer {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         prefetch<BITS>(from + j * 64);
-        unpack<BITS>(from + j * 64, [&](int i, __m512i quad) { _mm512_store_si512(to + i * 4 * PANEL + j * 64, quad); });
+        unpack<BITS>(from + j * 64, [&](int i, Ints quad) { write(to + i * 4 * PANEL + j * 64, quad); });
       }
   }
 
   template <int MR>
   static void multiply(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
-    __m512i sum[MR][4];
+#ifdef __AVX512F__
+    Ints sum[MR][4];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm512_setzero_si512();
+    for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = zero_ints();
     for (int64_t k = 0; k < count; k += 4, w += 4 * PANEL) {
-      const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64), w2 = _mm512_load_si512(w + 128), w3 = _mm512_load_si512(w + 192);
+      const Ints w0 = ints_at(w), w1 = ints_at(w + 64), w2 = ints_at(w + 128), w3 = ints_at(w + 192);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++) {
-        const __m512i q = _mm512_castps_si512(_mm512_broadcastss_ps(_mm_load_ss((const float*)(x + i * stride + k))));
-        dpbusd(sum[i][0], q, w0);
-        dpbusd(sum[i][1], q, w1);
-        dpbusd(sum[i][2], q, w2);
-        dpbusd(sum[i][3], q, w3);
+        const Ints q = as_ints(_mm512_broadcastss_ps(_mm_load_ss((const float*)(x + i * stride + k))));
+        add_quads(sum[i][0], q, w0);
+        add_quads(sum[i][1], q, w1);
+        add_quads(sum[i][2], q, w2);
+        add_quads(sum[i][3], q, w3);
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) put(part + i * PANEL, sum[i][0], sum[i][1], sum[i][2], sum[i][3], first);
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) put(part + i * PANEL + j * LANES, sum[i][j], first);
+#else
+    for (int j = 0; j < 4; j++)
+      multiply_quads<MR>(x, stride, w + j * 4 * LANES, 4 * PANEL, count, [&](int i, Ints sum) { put(part + i * PANEL + j * LANES, sum, first); });
+#endif
   }
 
 #ifdef WITH_AMX
@@ -143,16 +135,16 @@ struct Integer {
   }
 #endif
 
-  __m512 of_group(int64_t m, int64_t g, const int32_t* part, __m512i terms) const {
-    const __m512i zero = _mm512_srai_epi32(terms, 24), sum = _mm512_srai_epi32(_mm512_slli_epi32(terms, 8), 8);
-    const __m512i less = _mm512_add_epi32(
-        _mm512_mullo_epi32(zero, _mm512_set1_epi32(sums[m * a.groups + g])),
-        _mm512_mullo_epi32(sum, _mm512_set1_epi32(a.zero[m * a.per_row])));
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(part), less));
+  Floats of_group(int64_t m, int64_t g, const int32_t* part, Ints terms) const {
+    const Ints zero = sar(terms, 24), sum = sar(shl(terms, 8), 8);
+    const Ints less = add(
+        mul(zero, all_ints(sums[m * a.groups + g])),
+        mul(sum, all_ints(a.zero[m * a.per_row])));
+    return to_floats(sub(ints_at(part), less));
   }
 
-  __m512 of_row(int64_t m, __m512 total, __m512 bias) const {
-    return _mm512_fmadd_ps(total, _mm512_set1_ps(a.scale[m * a.per_row]), bias);
+  Floats of_row(int64_t m, Floats total, Floats bias) const {
+    return fma(total, all(a.scale[m * a.per_row]), bias);
   }
 
   // A row, in groups of `padded`, and its sums.
@@ -182,31 +174,29 @@ struct Float {
   // Sixteen outputs of one input at a time, use(input, which sixteen, values).
   template <int BITS, class Use>
   static void each(const uint8_t* from, int64_t blocks, const int32_t* terms, Use use) {
-    const __m512i replicate = _mm512_set4_epi32(0x0f0f0f0f, 0x0b0b0b0b, 0x07070707, 0x03030303);
-    const __m512 low = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 high = _mm512_sub_ps(low, _mm512_set1_ps(16));
-    const __m512i byte = _mm512_set1_epi32(0xff), magic = _mm512_set1_epi32(0x4b000080);  // 2^23, and codes biased by 128
-    __m512i zero[4];
-    __m512 from_zero[4];
+    const FiveBits of;
+    const Ints byte = all_ints(0xff), magic = all_ints(0x4b000080);  // 2^23, and codes biased by 128
+    Ints zero[4];
+    Floats from_zero[4];
     for (int j = 0; j < 4; j++) {
-      const __m512i word = _mm512_loadu_si512(terms + j * LANES);
-      zero[j] = _mm512_shuffle_epi8(word, replicate);
-      from_zero[j] = _mm512_add_ps(_mm512_set1_ps(0x1p23f + 128), _mm512_cvtepi32_ps(_mm512_srai_epi32(word, 24)));
+      const Ints word = ints_at(terms + j * LANES);
+      zero[j] = top_bytes(word);
+      from_zero[j] = add(all(0x1p23f + 128), to_floats(sar(word, 24)));
     }
     for (int64_t b = 0; b < blocks; b++, from += block_bytes(BITS))
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         prefetch<BITS>(from + j * 64);
-        unpack<BITS>(from + j * 64, [&](int i, __m512i quad) {
-          if constexpr (BITS <= 4) quad = _mm512_sub_epi8(quad, zero[j]);
+        unpack<BITS>(from + j * 64, [&](int i, Ints quad) {
+          if constexpr (BITS <= 4) quad = sub_bytes(quad, zero[j]);
 #pragma GCC unroll 4
           for (int t = 0; t < 4; t++) {
-            const __m512i code = t ? _mm512_srli_epi32(quad, 8 * t) : quad;
+            const Ints code = t ? shr(quad, 8 * t) : quad;
             const int64_t k = b * depth(BITS) + i * 4 + t;
             if constexpr (BITS <= 4)  // -15 to 15: five bits choose among 32 floats
-              use(k, j, _mm512_permutex2var_ps(low, code, high));
+              use(k, j, of.floats(code));
             else  // ((code & 0xff) ^ 0x80) + 2^23, as the bits of a float
-              use(k, j, _mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(code, byte, magic, 0x6a)), from_zero[j]));
+              use(k, j, sub(as_floats(bits_xor(bits_and(code, byte), magic)), from_zero[j]));
           }
         });
       }
@@ -214,48 +204,55 @@ struct Float {
 
   template <int BITS>
   static void decode(const uint8_t* from, int64_t blocks, const int32_t* terms, W* to) {
-    each<BITS>(from, blocks, terms, [&](int64_t k, int j, __m512 w) { _mm512_store_ps(to + k * PANEL + j * LANES, w); });
+    each<BITS>(from, blocks, terms, [&](int64_t k, int j, Floats w) { write(to + k * PANEL + j * LANES, w); });
   }
 
   // One row: each weight is used once, so it stays in its register. The order is that of many rows.
   template <int BITS>
   static void single(const X* x, const uint8_t* from, int64_t blocks, const int32_t* terms, int32_t* part, bool first) {
-    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    each<BITS>(from, blocks, terms, [&](int64_t k, int j, __m512 w) { sum[j] = _mm512_fmadd_ps(_mm512_set1_ps(x[k]), w, sum[j]); });
-    put(part, sum[0], sum[1], sum[2], sum[3], first);
+    Floats sum[4] = {zeros(), zeros(), zeros(), zeros()};
+    each<BITS>(from, blocks, terms, [&](int64_t k, int j, Floats w) { sum[j] = fma(all(x[k]), w, sum[j]); });
+    for (int j = 0; j < 4; j++) put(part + j * LANES, sum[j], first);
   }
 
   template <int MR>
   static void multiply(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
-    __m512 sum[MR][4];
+    for (int first_column = 0; first_column < 4; first_column += WIDE) {
+      Floats sum[MR][WIDE];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < count; k++, w += PANEL) {
-      const __m512 w0 = _mm512_load_ps(w), w1 = _mm512_load_ps(w + 16), w2 = _mm512_load_ps(w + 32), w3 = _mm512_load_ps(w + 48);
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDE; j++) sum[i][j] = zeros();
+      const W* from = w + first_column * LANES;
+      for (int64_t k = 0; k < count; k++, from += PANEL) {
+        Floats columns[WIDE];
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDE; j++) columns[j] = floats_at(from + j * LANES);
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; i++) {
-        const __m512 q = _mm512_set1_ps(x[i * stride + k]);
-        sum[i][0] = _mm512_fmadd_ps(q, w0, sum[i][0]);
-        sum[i][1] = _mm512_fmadd_ps(q, w1, sum[i][1]);
-        sum[i][2] = _mm512_fmadd_ps(q, w2, sum[i][2]);
-        sum[i][3] = _mm512_fmadd_ps(q, w3, sum[i][3]);
+        for (int i = 0; i < MR; i++) {
+          const Floats q = all(x[i * stride + k]);
+#pragma GCC unroll 4
+          for (int j = 0; j < WIDE; j++) sum[i][j] = fma(q, columns[j], sum[i][j]);
+        }
       }
-    }
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) put(part + i * PANEL, sum[i][0], sum[i][1], sum[i][2], sum[i][3], first);
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDE; j++) put(part + i * PANEL + (first_column + j) * LANES, sum[i][j], first);
+    }
   }
 
-  __m512 of_group(int64_t, int64_t, const int32_t* part, __m512i) const { return _mm512_load_ps(part); }
+  Floats of_group(int64_t, int64_t, const int32_t* part, Ints) const { return floats_at(part); }
 
-  __m512 of_row(int64_t, __m512 total, __m512 bias) const { return _mm512_add_ps(total, bias); }
+  Floats of_row(int64_t, Floats total, Floats bias) const { return add(total, bias); }
 
   void prepare(int64_t m, X* to, int64_t padded, int32_t*) const {
     const int size = element_size(a.x_dtype);
     const char* from = a.x + m * a.groups * a.size * size;
     for (int64_t g = 0; g < a.groups; g++, from += a.size * size)
       for (int64_t k = 0; k < padded; k += LANES) {
-        const __mmask16 lanes = k < a.size ? tail(a.size - k) : 0;
-        _mm512_mask_storeu_ps(to + g * padded + k, tail(padded - k), load(from + k * size, a.x_dtype, lanes));
+        const Lanes lanes = k < a.size ? tail(a.size - k) : 0;
+        write(to + g * padded + k, tail(padded - k), load(from + k * size, a.x_dtype, lanes));
       }
   }
 };
@@ -288,14 +285,14 @@ template <int ACTIVATION, class Kind>
 void finish(const Kind& kind, const float* total, const float* up, int64_t m, int64_t rows, int64_t panel) {
   const LowBit& a = kind.a;
   for (int64_t n = panel * PANEL, j = 0; j < 4 && n < a.N; j++, n += LANES) {
-    const __mmask16 lanes = tail(a.N - n);
+    const Lanes lanes = tail(a.N - n);
     const auto bias_from = [&](int64_t n) { return load(a.bias + n * element_size(a.bias_dtype), a.bias_dtype, lanes); };
-    const __m512 bias = a.bias ? bias_from(n) : _mm512_setzero_ps();
-    const __m512 bias_up = a.bias && up ? bias_from(a.N + n) : _mm512_setzero_ps();
+    const Floats bias = a.bias ? bias_from(n) : zeros();
+    const Floats bias_up = a.bias && up ? bias_from(a.N + n) : zeros();
     for (int64_t i = 0; i < rows; i++) {
       const int64_t at = i * PANEL + j * LANES;
-      __m512 y = activate<ACTIVATION>(kind.of_row(m + i, _mm512_load_ps(total + at), bias));
-      if (up) y = _mm512_mul_ps(y, kind.of_row(m + i, _mm512_load_ps(up + at), bias_up));
+      Floats y = activate<ACTIVATION>(kind.of_row(m + i, floats_at(total + at), bias));
+      if (up) y = mul(y, kind.of_row(m + i, floats_at(up + at), bias_up));
       store(a.out + ((m + i) * a.N + n) * element_size(a.dtype), y, a.dtype, lanes);
     }
   }
@@ -325,12 +322,12 @@ void sum_up(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t
       multiply(kind, first, stride, rows, chunk, count * depth(BITS), part, b == 0);
     }
     for (int j = 0; j < 4; j++) {
-      const __m512 scale = _mm512_loadu_ps(a.weight_scale + group * PANEL + j * LANES);
-      const __m512i word = _mm512_loadu_si512(terms + j * LANES);
+      const Floats scale = floats_at(a.weight_scale + group * PANEL + j * LANES);
+      const Ints word = ints_at(terms + j * LANES);
       for (int64_t i = 0; i < rows; i++) {
         float* sum = total + i * PANEL + j * LANES;
-        const __m512 before = g ? _mm512_load_ps(sum) : _mm512_setzero_ps();
-        _mm512_store_ps(sum, _mm512_fmadd_ps(kind.of_group(m + i, g, part + i * PANEL + j * LANES, word), scale, before));
+        const Floats before = g ? floats_at(sum) : zeros();
+        write(sum, fma(kind.of_group(m + i, g, part + i * PANEL + j * LANES, word), scale, before));
       }
     }
   }
@@ -398,16 +395,16 @@ template <int BITS>
 void decoded(const LowBit& a, int64_t panel) {
   const int64_t blocks = (a.size + depth(BITS) - 1) / depth(BITS);
   const float most = a.dtype == F16 ? 65504.0f : a.dtype == BF16 ? 0x1.fep127f : FLT_MAX;
-  const __m512 highest = _mm512_set1_ps(most), lowest = _mm512_set1_ps(-most);
+  const Floats highest = all(most), lowest = all(-most);
   for (int64_t g = 0; g < a.groups; g++) {
     const int64_t group = panel * a.groups + g;
     const float* scale = a.weight_scale + group * PANEL;
     char* out = a.out + (g * a.size * a.N + panel * PANEL) * element_size(a.dtype);
-    Float::each<BITS>(a.weight + group * blocks * block_bytes(BITS), blocks, a.terms + group * PANEL, [&](int64_t k, int j, __m512 w) {
+    Float::each<BITS>(a.weight + group * blocks * block_bytes(BITS), blocks, a.terms + group * PANEL, [&](int64_t k, int j, Floats w) {
       const int64_t left = a.N - panel * PANEL - j * LANES;
       if (k >= a.size || left <= 0) return;
-      w = _mm512_mul_ps(w, _mm512_loadu_ps(scale + j * LANES));
-      w = _mm512_max_ps(lowest, _mm512_min_ps(highest, w));  // in this order a NaN stays one
+      w = mul(w, floats_at(scale + j * LANES));
+      w = higher(lowest, lower(highest, w));  // in this order a NaN stays one
       store(out + (k * a.N + j * LANES) * element_size(a.dtype), w, a.dtype, tail(left));
     });
   }
