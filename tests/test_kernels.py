@@ -106,7 +106,7 @@ _A8 = Spec(IntAffine(8, symmetric=False), PerToken())
 @pytest.mark.parametrize(
     ("weights", "activations", "kernel"),
     [
-        pytest.param(_W8, _A8, "Int8VnniLinear", marks=needs_library),
+        pytest.param(_W8, _A8, "Int8CpuLinear", marks=needs_library),
         pytest.param(_W8, Spec(_A8.format, PerToken(), MinMSE()), "Int8Linear", marks=needs_library),
         pytest.param(Spec(IntAffine(4), PerGroup(8)), _A8, "LowBitLinear", marks=needs_library),
         pytest.param(Spec(IntAffine(4, symmetric=False), PerChannel(0)), _A8, "LowBitLinear", marks=needs_library),
@@ -296,16 +296,16 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str, m: int) -> Non
 
 
 @needs_library
-@pytest.mark.parametrize("isa", ["vnni", "sse"])
-def test_an_environment_variable_chooses_the_instruction_set(isa: str) -> None:
+@pytest.mark.parametrize(("isa", "unit"), [("vnni", "VNNI"), ("avx2", "AVX2"), ("sse", "")])
+def test_an_environment_variable_chooses_the_instruction_set(isa: str, unit: str) -> None:
     code = (
-        "from fxquant.backend.cpu import build; from fxquant.backend.kernels.int8_vnni import Int8VnniLinear; "
-        "print(build.isa(), Int8VnniLinear().name)"
+        "from fxquant.backend.cpu import build; from fxquant.backend.kernels.int8_cpu import Int8CpuLinear; "
+        "print(build.isa(), Int8CpuLinear().name)"
     )
     env = {**os.environ, "FXQUANT_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    if isa == "vnni":
-        assert done.stdout.split()[:3] == ["vnni", "int8", "VNNI"]
+    if unit:
+        assert done.stdout.split()[:3] == [isa, "int8", unit]
     else:
         assert "FXQUANT_CPU_ISA is 'sse'; one of avx2, vnni, bf16, amx is needed" in done.stderr
 

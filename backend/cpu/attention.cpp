@@ -1,4 +1,4 @@
-// Scaled dot-product attention for CPUs with AVX512, in float32 inside: softmax(q k^T scale + mask) v. With AMX a band of queries
+// Scaled dot-product attention in float32 inside: softmax(q k^T scale + mask) v. With AMX a band of queries
 // goes to attention_amx.cpp instead, what 8-bit products have made to attention_bf16.cpp, and a few queries of many keys to
 // attention_few.cpp.
 //

@@ -188,16 +188,35 @@ inline Ints high_and_low(Ints high, Ints low) { return {_mm256_blend_epi16(high.
 
 inline Ints add_pairs(Ints sum, Ints x, Ints y) { return add(sum, {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)}); }
 
+// Sixteen bytes, signed or not, as 16 bits each, to aligned memory.
+inline void widen(int16_t* to, __m128i s8) { _mm256_store_si256((__m256i*)to, _mm256_cvtepi8_epi16(s8)); }
+inline void widen(int16_t* to, const uint8_t* u8) {
+  _mm256_store_si256((__m256i*)to, _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)u8)));
+}
+
+// sum += the products of pairs of 16 bits. One after the other: GCC 12 would put all products of a loop before all sums, and has no
+// registers for them.
+inline void add_products(__m256i& sum, __m256i x, __m256i y) {
+  __m256i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(x), "x"(y));
+}
+
+// Sixteen sums of pairs of neighbours.
+inline Ints sums_of_pairs(const __m256i (&v)[4]) {
+  const auto pairs = [](__m256i x, __m256i y) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(x, y), 0xd8); };
+  return {pairs(v[0], v[1]), pairs(v[2], v[3])};
+}
+
 // MR rows of u8 times sixteen columns of s8, quads of which are `stride` bytes apart; K is a multiple of 4. use(row, sums). Exact:
 // four products are of 16 bits, and are summed two and two in 32.
 template <int MR, class Use>
 inline void multiply_quads(const uint8_t* x, int64_t row, const int8_t* w, int64_t stride, int64_t K, Use use) {
-  if constexpr (MR > 3) {  // the sums of three rows fill twelve of the sixteen registers
-    multiply_quads<3>(x, row, w, stride, K, use);
-    multiply_quads<MR - 3>(x + 3 * row, row, w, stride, K, [&](int i, Ints sum) { use(i + 3, sum); });
+  if constexpr (MR > 2) {  // the sums of two rows take eight of the sixteen registers
+    multiply_quads<2>(x, row, w, stride, K, use);
+    multiply_quads<MR - 2>(x + 2 * row, row, w, stride, K, [&](int i, Ints sum) { use(i + 2, sum); });
     return;
   }
-  constexpr int ROWS = MR > 3 ? 1 : MR;
+  constexpr int ROWS = MR > 2 ? 1 : MR;
   __m256i sum[ROWS][4];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm256_setzero_si256();
@@ -213,12 +232,11 @@ inline void multiply_quads(const uint8_t* x, int64_t row, const int8_t* w, int64
     for (int j = 0; j < 4; j++) {
       const __m256i columns = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 16 * j)));
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; i++) sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(columns, q[i]));
+      for (int i = 0; i < ROWS; i++) add_products(sum[i][j], columns, q[i]);
     }
   }
-  const auto pairs = [](__m256i x, __m256i y) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(x, y), 0xd8); };
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; i++) use(i, Ints{pairs(sum[i][0], sum[i][1]), pairs(sum[i][2], sum[i][3])});
+  for (int i = 0; i < ROWS; i++) use(i, sums_of_pairs(sum[i]));
 }
 
 inline Floats sums_of_rows(const float* rows) {

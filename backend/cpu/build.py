@@ -46,7 +46,7 @@ OPS = ("-O1", "-isystem", str(TORCH / "include"))
 LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu")  # which is loaded already
 # Of each instruction set: what is compiled, and how. In the order of InstructionSet in simd.h: the best is the last.
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
-    "avx2": {**dict.fromkeys(PLAIN, AVX2), "ops.cpp": (*AVX2, *OPS)},
+    "avx2": {**dict.fromkeys((*PLAIN, "int8_avx2.cpp"), AVX2), "ops.cpp": (*AVX2, *OPS)},
     "vnni": {**dict.fromkeys(PLAIN, AVX512_VNNI), "ops.cpp": (*AVX512_VNNI, *OPS)},
     "bf16": {
         **dict.fromkeys(PLAIN, AVX512_VNNI),

@@ -4,18 +4,25 @@
 // they resolve to the runtime that PyTorch loaded, so there is one thread pool, and torch.set_num_threads counts. Integer sums are
 // exact, so results do not depend on the number of threads.
 //
-// Rows are cut into bands for the threads; a band's product runs on AMX (int8_amx.cpp) or here.
+// Rows are cut into bands for the threads; a band's product runs on AMX (int8_amx.cpp), on AVX2 (int8_avx2.cpp), or here, on
+// AVX512-VNNI.
 
 #include "linear.h"
+
+#ifdef __AVX512F__
+#define PLAIN_BAND vnni_band
+#else
+#define PLAIN_BAND avx2_band
+#endif
 
 namespace {
 
 constexpr int ROWS = 6, FEWEST_ROWS_OF_AMX = 3, RESULT = 320 * 1024, STRIP = 4 << 20;  // bytes of a result, and of weights, that stay in the caches
 
+#ifdef __AVX512F__
 // MR rows times one panel of 64 outputs. Of ROWS rows each step along K fetches a line from `ahead` on.
 template <int MR>
 inline void multiply(const uint8_t* x, const int8_t* w, int64_t K, const int8_t* ahead, int32_t (*exact)[PANEL]) {
-#ifdef __AVX512F__
   Ints sum[MR][4];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = zero_ints();
@@ -40,10 +47,6 @@ inline void multiply(const uint8_t* x, const int8_t* w, int64_t K, const int8_t*
     write(exact[i] + 32, sum[i][2]);
     write(exact[i] + 48, sum[i][3]);
   }
-#else
-  for (int j = 0; j < 4; j++)
-    multiply_quads<MR>(x, K, w + j * 4 * LANES, 4 * PANEL, K, [&](int i, Ints sum) { write(exact[i] + j * LANES, sum); });
-#endif
 }
 
 template <int MR, int ACTIVATION>
@@ -79,12 +82,13 @@ void rows(const Linear& a, int64_t m, int64_t count, int64_t panel, const int8_t
   }
 }
 
-void wide_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last) {
+void vnni_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last) {
   for (int64_t panel = first; panel < last; panel++) {
     const int8_t* next = panel + 1 < last ? a.weight + (panel + 1) * a.K * PANEL : a.next;
     WITH_ACTIVATION(a.activation, rows<A>(a, m, count, panel, next));
   }
 }
+#endif
 
 }  // namespace
 
@@ -92,13 +96,13 @@ void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int6
 #ifdef WITH_AMX
   if (isa == ON_AMX && count >= FEWEST_ROWS_OF_AMX) return amx_band(a, m, count, first, last);
 #endif
-  wide_band(a, m, count, first, last);
+  PLAIN_BAND(a, m, count, first, last);
 }
 
 int linear(const Linear& a, const Rows* rows, int isa, int threads) {
   const int64_t M = a.M, N = a.N, K = a.K;
   if (M == 0) return 0;
-  auto of_panels = wide_band;
+  auto of_panels = PLAIN_BAND;
   int64_t step = ROWS, tallest = 16 * ROWS, flat = 8 * ROWS, least = 1;  // bands of a thread
 #ifdef WITH_AMX
   if (isa == ON_AMX && M >= FEWEST_ROWS_OF_AMX) {

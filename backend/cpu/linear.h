@@ -26,7 +26,9 @@ struct Linear {
 // Returns 0, or 1 if there was no memory. int8.cpp.
 int linear(const Linear& a, const Rows* rows, int isa, int threads);
 
-// Rows m to m + count times the panels `first` to `last`: on AMX (int8_amx.cpp), or on the best there is for so many rows (int8.cpp).
+// Rows m to m + count times the panels `first` to `last`: on AMX (int8_amx.cpp), on AVX2 (int8_avx2.cpp), or on the best there is for
+// so many rows (int8.cpp).
+void avx2_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last);
 void amx_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last);
 void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last, int isa);
 

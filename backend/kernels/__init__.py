@@ -1,9 +1,9 @@
 """The kernels, first one that supports a site wins: the order of the tuple is the policy."""
 
 from .dequantize import DequantizedLinear
+from .int8_cpu import Int8CpuLinear
 from .int8_onednn import Int8Linear
 from .int8_triton import Int8TritonLinear
-from .int8_vnni import Int8VnniLinear
 from .kernel import Kernel
 from .low_bit_cpu import LowBitFloatLinear, LowBitLinear
 from .low_bit_triton import LowBitTritonLinear
@@ -14,7 +14,7 @@ KERNELS: tuple[Kernel, ...] = (
     LowBitTritonLinear(),
     Int8TritonLinear(),
     WeightOnlyTritonLinear(),
-    Int8VnniLinear(),
+    Int8CpuLinear(),
     Int8Linear(),
     LowBitLinear(),
     LowBitFloatLinear(),

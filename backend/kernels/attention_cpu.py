@@ -1,4 +1,4 @@
-"""Attention on a CPU with AVX512: our own C++ (cpu/attention.cpp) in place of PyTorch's, where it pays.
+"""Attention on a CPU: our own C++ (cpu/attention.cpp) in place of PyTorch's, where it pays.
 
 Nothing is quantized here: beside integer linears, PyTorch's float attention is what an encoder then spends its time on.
 """
@@ -81,7 +81,7 @@ def supports(node: fx.Node) -> Claim | Miss:
         return Miss("the number of keys is not that of the values")
     if m is not None and (m.dtype not in (torch.bool, q.dtype) or m.dim() > 4):
         return Miss(f"the mask is {m.dtype} with {m.dim()} axes")
-    return Claim("attention (AVX512, float32 inside)")
+    return Claim("attention (C++, float32 inside)")
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, float, bool]:

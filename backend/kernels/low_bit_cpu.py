@@ -69,7 +69,7 @@ class LowBitLinear(_LowBit):
 
     @property
     def name(self) -> str:
-        """It says what multiplies: AMX where there is any, else AVX512-VNNI."""
+        """It says what multiplies: AMX, AVX512-VNNI or AVX2."""
         return f"low-bit {build.unit()} (u8 x codes, fused epilogue)"
 
     def supports(self, product: Product) -> Claim | Miss:
@@ -97,7 +97,7 @@ class LowBitLinear(_LowBit):
 class LowBitFloatLinear(_LowBit):
     """Activations in floating point; weights of any width, symmetric or not, per channel or in groups."""
 
-    name = "low-bit AVX512 (float x codes, fused epilogue)"
+    name = "low-bit C++ (float x codes, fused epilogue)"
 
     def supports(self, product: Product) -> Claim | Miss:
         if product.activation is not None:

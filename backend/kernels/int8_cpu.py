@@ -1,4 +1,4 @@
-"""W8A8 on a CPU with AVX512-VNNI or AMX: our own C++ (cpu/int8.cpp), a product with a fused epilogue, one pass over a row."""
+"""W8A8 on a CPU: our own C++ (cpu/int8.cpp), a product with a fused epilogue, one pass over a row."""
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from .int8_onednn import Int8Linear
 from .kernel import Claim, Product, misfit
 
 
-class Int8VnniLinear:
+class Int8CpuLinear:
     """Per-token or static per-tensor activations of up to 8 bits, symmetric per-channel weights of up to 8 bits."""
 
     epilogues = ops.ACTIVATIONS[1:]
 
     @property
     def name(self) -> str:
-        """It says what multiplies: AMX where there is any, else AVX512-VNNI."""
+        """It says what multiplies: AMX, AVX512-VNNI or AVX2."""
         return f"int8 {build.unit()} (u8 x s8, fused epilogue)"
 
     def supports(self, product: Product) -> Claim | Miss:
