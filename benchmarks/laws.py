@@ -102,8 +102,9 @@ def main() -> None:
         running = [pool.submit(examine, name) for name in names]
         answers = {name: future.result() for name, future in zip(names, progress(running, "zoo"), strict=True)}
     results = {name: found for name, found in answers.items() if not isinstance(found, str)}
-    print(f"{heading()}\n\n{table(rows(results))}\n\n{table(totals(results))}")
-    if args.markdown:
+    if results:
+        print(f"{heading()}\n\n{table(rows(results))}\n\n{table(totals(results))}")
+    if results and args.markdown:
         args.markdown.write_text(markdown(results))
     write("laws", results, args.json)
     far = [f"{name}: {side}" for name, found in results.items() for side, e in found.items() if not e["distance"] < TOLERANCE]
