@@ -1,6 +1,8 @@
 """The attention kernel is PyTorch's attention, whatever the mask, the strides and the type."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,13 @@ def test_a_row_that_is_masked_throughout_is_zero(isa: str) -> None:
     mask[4] = False
     y = on(isa, ops.attention, q, q, q, mask, False, 1.0)
     assert bool((y[0, 0, 4] == 0).all()) and bool((y[0, 0, 5] != 0).all())
+
+
+def test_there_may_be_no_sequence() -> None:
+    code = "import torch; from fxquant.backend.cpu import ops; q = torch.ones(0, 2, 1, 8); k = torch.ones(0, 2, 9, 8); "
+    code += "print(tuple(ops.attention(q, k, k, None, False, 1.0).shape))"  # the first that the kernel is asked for
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "(0, 2, 1, 8)", done.stderr
 
 
 @pytest.mark.parametrize("isa", ISAS)

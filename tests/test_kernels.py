@@ -212,6 +212,9 @@ def test_operands_that_do_not_agree_are_refused(isa: str) -> None:
     nothing = (torch.empty(0, 16, 64, 4, dtype=torch.int8), torch.empty(0), torch.empty(0, dtype=torch.int32), None, 0)
     with pytest.raises(RuntimeError, match="to 0 outputs"):
         on(isa, ops.linear, codes, one, one.int(), *nothing, "none", torch.float32)
+    no_inputs = (torch.empty(1, 0, 64, 4, dtype=torch.int8), torch.ones(3), torch.zeros(3, dtype=torch.int32), None, 3)
+    with pytest.raises(RuntimeError, match="the sizes do not agree"):
+        on(isa, ops.linear, codes[:, :0], each, each.int(), *no_inputs, "none", torch.float32)
 
 
 @needs_library
@@ -335,7 +338,7 @@ def test_without_a_compiler_another_kernel_runs_and_the_reason_is_known() -> Non
 @needs_library
 def test_where_the_compiled_kernels_cannot_be_kept_another_kernel_runs_and_the_reason_is_known(tmp_path: Path) -> None:
     (file := tmp_path / "file").touch()
-    _another_kernel_runs({**os.environ, "FXQUANT_CACHE": str(file / "cache")}, "set FXQUANT_CACHE to a folder")
+    _another_kernel_runs({**os.environ, "FXQUANT_CACHE": str(file / "cache")}, "cannot be kept in")
 
 
 def _another_kernel_runs(env: dict[str, str], reason: str) -> None:

@@ -1,4 +1,4 @@
-// What attention is given: one description for both instruction sets.
+// What attention is given: one description for all instruction sets.
 
 #pragma once
 #include "simd.h"

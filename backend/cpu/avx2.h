@@ -1,4 +1,5 @@
-// Sixteen numbers of 32 bits in two registers: what avx512.h offers, with the same results, for AVX2, FMA and F16C.
+// Sixteen numbers of 32 bits in two registers: what avx512.h offers, for AVX2, FMA and F16C, with the same results but for the order in
+// which `sums_of_rows` sums and the payload of a NaN. Products of bytes are not what they are there, and have functions of their own.
 
 #pragma once
 #include <immintrin.h>

@@ -37,7 +37,7 @@ HEADERS = (
     "attention.h", "softmax.h", "tiles.h", "transpose.h",
 )  # fmt: skip
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")
-AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mno-avx512f")  # the last for a CXX of "g++ -march=native"
 AVX512_VNNI = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 BF16 = (*AVX512_VNNI, "-mavx512bf16", "-DWITH_BF16")
 AMX = (*AVX512_VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-DWITH_AMX")
@@ -113,7 +113,8 @@ def _wanted() -> list[str]:
         raise FxquantError(
             f"FXQUANT_CPU_ISA is {wanted!r}; one of {', '.join(SOURCES)} is needed, or nothing for the best there is"
         )
-    has = {"avx2": True, "vnni": has_vnni() and has_avx512(), "bf16": has_bf16(), "amx": has_amx()}
+    vnni = has_vnni() and has_avx512()  # which all that is better needs too
+    has = {"avx2": True, "vnni": vnni, "bf16": vnni and has_bf16(), "amx": vnni and has_amx()}
     return [name for name in known if has[name] and (not wanted or known.index(name) <= known.index(wanted))]
 
 
@@ -177,12 +178,14 @@ def _library(isa: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
         except OSError:  # damaged, by a full disk perhaps: it is replaced
             pass
+    doing = "kept"
     try:
         _compile(compiler, SOURCES[isa], path)
+        doing = "loaded"
         return ctypes.CDLL(str(path))
     except OSError as error:
-        where = f"the compiled kernels cannot be kept in {path.parent}: {error}"
-        raise CannotBuild(f"{where}; set FXQUANT_CACHE to a folder that can be written to") from None
+        what = f"the compiled kernels cannot be {doing} in {path.parent}: {error}"
+        raise CannotBuild(f"{what}; set FXQUANT_CACHE to a folder for files that may be written and executed") from None
 
 
 @lru_cache(len(SOURCES))

@@ -4,8 +4,9 @@ import torch
 
 
 def has_avx2() -> bool:
-    """Eight floats or integers at a time, and with them FMA and F16C, which every such CPU has."""
-    return bool(torch.cpu._is_avx2_supported())
+    """Eight floats or integers at a time, with FMA and F16C; an older torch does not tell the last two, which few lack."""
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    return bool(torch.cpu._is_avx2_supported()) and (tell is None or (tell()["fma3"] and tell()["f16c"]))
 
 
 def has_vnni() -> bool:

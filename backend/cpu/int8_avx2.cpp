@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int ROWS = 2, TALL = 6, DEEP = 512;  // rows in registers; more than these are widened; inputs of a block of weights
+constexpr int ROWS = 2, TALL = 6, BAND = 96, DEEP = 512;  // rows in registers, more than are not widened, and at a time; inputs of a block
 
 // MR rows times sixteen columns, in which four inputs of each column follow one another; K is a multiple of 4.
 template <int MR>
@@ -72,6 +72,7 @@ void few(const Linear& a, int64_t m, int64_t count, int64_t n) {
 }  // namespace
 
 void avx2_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t last) {
+  for (; count > BAND; m += BAND, count -= BAND) avx2_band(a, m, BAND, first, last);  // of more the widened rows leave the cache
   const int64_t end = last * PANEL < a.N ? last * PANEL : a.N;
   thread_local Memory space;
   const int64_t rows = count * a.K * sizeof(int16_t);

@@ -2,8 +2,8 @@
 //
 // A panel of 64 outputs is one stream of codes, cut into groups and those into blocks of a few quads: four inputs of each of the
 // 64 outputs, 256 bytes as int8. Narrow codes share bytes, so that a load, a shift and a mask give a quad (low_bit.py has the
-// layout). A chunk of the stream is decoded into the first-level cache, and all rows are multiplied with it there: to int8, for
-// vpdpbusd, where activations are u8, and to float where they are floats.
+// layout). A chunk of the stream is decoded into the first-level cache, and all rows are multiplied with it there: to int8 where
+// activations are u8, and to float where they are floats.
 //
 // With w = scale (code - zero) and x = x_scale (q - x_zero), a group adds, exactly up to the first product,
 //   scale (sum q code - zero sum (q - x_zero) - x_zero sum code)

@@ -10,9 +10,9 @@ struct Memory {
   char* at = nullptr;
   size_t size = 0;
   char* take(size_t bytes) {
-    if (bytes > size) {
+    if (bytes > size || !at) {
       free(at);
-      size = (bytes + 4095) / 4096 * 4096;
+      size = (bytes / 4096 + 1) * 4096;
       at = (char*)aligned_alloc(64, size);
       if (!at) size = 0;
     }

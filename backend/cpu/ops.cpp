@@ -225,7 +225,7 @@ struct Product {  // what C++ is told but for where it writes, and the tensors t
     const int64_t inner = codes.size(codes.dim() - 1), rows = rows_of(with_last(codes, 1)), panels = (outputs + PANEL - 1) / PANEL;
     of_type(codes, Type::Byte, "codes"), of_type(scale, Type::Float, "scale"), of_type(zero, Type::Int, "zero point");
     of_type(weight, Type::Char, "weight"), of_type(weight_scale, Type::Float, "weight's scale"), of_type(sums, Type::Int, "sums");
-    const bool fits = outputs > 0 && inner % DEPTH == 0 && weight.dim() == 4 && weight.size(0) == panels && weight.size(1) == inner / 4 &&
+    const bool fits = outputs > 0 && inner > 0 && inner % DEPTH == 0 && weight.dim() == 4 && weight.size(0) == panels && weight.size(1) == inner / 4 &&
                       weight.size(2) == PANEL && weight.size(3) == 4 && weight_scale.numel() == outputs && sums.numel() == outputs &&
                       (!bias || bias->numel() == outputs) && (scale.numel() == 1 || scale.numel() == rows) && zero.numel() == scale.numel();
     need(fits, "a product of codes ", codes, " and panels ", weight, " to ", outputs, " outputs, of which ",
@@ -344,7 +344,7 @@ Tensor low_bit(const Tensor& given, const Maybe& given_scale, const Maybe& given
   const int64_t all = gated ? 2 * outputs : outputs, panels = (all + PANEL - 1) / PANEL;
   of_type(weight, Type::Char, "weight"), of_type(weight_scale, Type::Float, "weight's scale"), of_type(terms, Type::Int, "terms");
   if (scale) of_type(x, Type::Byte, "codes"), of_type(*scale, Type::Float, "scale"), of_type(*zero, Type::Int, "zero point");
-  const bool fits = (scale ? width >= size * groups : width == size * groups) && weight.numel() == panels * groups * stored_bytes(bits, size) &&
+  const bool fits = groups > 0 && (scale ? width >= size * groups : width == size * groups) && weight.numel() == panels * groups * stored_bytes(bits, size) &&
                     weight_scale.numel() == panels * PANEL * groups && terms.numel() == panels * PANEL * groups &&
                     (!bias || bias->numel() == all) &&
                     (!scale || ((scale->numel() == 1 || scale->numel() == rows) && zero->numel() == scale->numel()));
