@@ -5,7 +5,8 @@
     python benchmarks/accuracy.py --table --markdown docs/results/accuracy.md --plot docs/results
 
 Every row (one seed of one setting) goes into build/benchmarks/accuracy.json as soon as it is measured, and what is there is
-not measured again, so a run can be broken off and taken up, with more seeds too.
+not measured again, so a run can be broken off and taken up, with more seeds too. docs/results/accuracy.json has the rows behind
+the tables there: --json names another file.
 """
 
 import argparse
@@ -323,7 +324,7 @@ def markdown(found: Mapping[Part, Group], machine: str, plots: Mapping[Part, str
         blocks.append(f"## {part.title(group)}\n\n{markdown_table(cells(group, cell, '**{}**'))}{plot}")
     scopes = "\n".join(f"- {name}: {_sentence(scope)}" for name, scope in SCOPES.items())
     note = f"Each cell: {LEGEND}; bold is the least loss of the column. Seconds of calibration are by width.\n\n{scopes}"
-    command = "    python benchmarks/accuracy.py --markdown docs/results/accuracy.md --plot docs/results"
+    command = "    python benchmarks/accuracy.py --json docs/results/accuracy.json --markdown docs/results/accuracy.md"
     return "\n\n".join(["# Accuracy", command, machine, note, *blocks]) + "\n"
 
 
