@@ -106,6 +106,7 @@ METHODS: Mapping[str, Method] = {
 OTHERS: Mapping[str, Method] = {
     "splitting, OS+": _of(AverageMinMax(), "split_channels", "shift_scale"),
     "OS+, clipping": _of(TokenWise(fine=True), "shift_scale"),
+    "splitting, OS+, clipping": _of(TokenWise(fine=True), "split_channels", "shift_scale"),
     "none": _of(AverageMinMax()),
     "balance": _of(AverageMinMax(), "balance"),
     "rotations": _of(AverageMinMax(), "rotate"),
