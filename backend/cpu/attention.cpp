@@ -21,55 +21,17 @@ struct Space {  // of one thread
 // Scores of MR queries with KEYS keys at `t`; columns beyond the end are zeros and are overwritten by the caller's softmax.
 template <int MR>
 void score(const float* q, const float* keys, float* s, int64_t stride, int64_t D) {
-  for (int first = 0; first < KEYS / LANES; first += WIDE) {
-    Floats sum[MR][WIDE];
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-      for (int j = 0; j < WIDE; j++) sum[i][j] = zeros();
-    const float* column = keys + first * LANES;
-    for (int64_t c = 0; c < D; c++, column += KEYS) {
-      Floats k[WIDE];
-#pragma GCC unroll 4
-      for (int j = 0; j < WIDE; j++) k[j] = floats_at(column + j * LANES);
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; i++) {
-        const Floats x = all(q[i * D + c]);
-#pragma GCC unroll 4
-        for (int j = 0; j < WIDE; j++) sum[i][j] = fma(x, k[j], sum[i][j]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-      for (int j = 0; j < WIDE; j++) write(s + i * stride + (first + j) * LANES, sum[i][j]);
-  }
+  for (int first = 0; first < KEYS / LANES; first += WIDE)
+    multiply_floats<MR, WIDE>(q, D, keys + first * LANES, KEYS, D, [&](int i, int j, Floats sum) { write(s + i * stride + (first + j) * LANES, sum); });
 }
 
 // MR rows of probabilities times NV * 16 columns of the values.
 template <int MR, int NV>
 void mix(const float* p, int64_t stride, const float* values, int64_t width, int64_t T, float* out) {
-  Floats sum[MR][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) sum[i][j] = zeros();
-  for (int64_t t = 0; t < T; t++) {
-    Floats v[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) v[j] = floats_at(values + t * width + j * LANES);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) {
-      Floats x = all(p[i * stride + t]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) sum[i][j] = fma(x, v[j], sum[i][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) write(out + i * width + j * LANES, sum[i][j]);
+  multiply_floats<MR, NV>(p, stride, values, width, T, [&](int i, int j, Floats sum) { write(out + i * width + j * LANES, sum); });
 }
+
+constexpr int narrow(int64_t registers) { return registers < WIDE ? (int)registers : WIDE; }
 
 template <int MR>
 void queries(const Attention& a, const Space& space, int64_t b, int64_t h, int64_t l, float* mixed, int64_t width) {
@@ -81,10 +43,10 @@ void queries(const Attention& a, const Space& space, int64_t b, int64_t h, int64
   }
   for (int64_t c = 0; c < width; c += WIDE * LANES) {
     const float* v = space.values + c;
-    switch (WIDE == 1 ? 1 : (width - c) / LANES) {
+    switch (narrow((width - c) / LANES)) {
       case 1: mix<MR, 1>(space.scores, padded, v, width, T, mixed + c); break;
-      case 2: mix<MR, WIDE == 1 ? 1 : 2>(space.scores, padded, v, width, T, mixed + c); break;
-      case 3: mix<MR, WIDE == 1 ? 1 : 3>(space.scores, padded, v, width, T, mixed + c); break;
+      case 2: mix<MR, narrow(2)>(space.scores, padded, v, width, T, mixed + c); break;
+      case 3: mix<MR, narrow(3)>(space.scores, padded, v, width, T, mixed + c); break;
       default: mix<MR, WIDE>(space.scores, padded, v, width, T, mixed + c);
     }
   }

@@ -46,23 +46,23 @@ inline void write(void* p, Lanes lanes, Floats v) {
   _mm256_maskstore_ps((float*)p, eight(lanes), v.a), _mm256_maskstore_ps((float*)p + 8, eight(lanes >> 8), v.b);
 }
 
-#define OF_BOTH(type, name, result, instruction) \
-  inline result name(type x, type y) { return {instruction(x.a, y.a), instruction(x.b, y.b)}; }
-OF_BOTH(Floats, add, Floats, _mm256_add_ps)
-OF_BOTH(Floats, sub, Floats, _mm256_sub_ps)
-OF_BOTH(Floats, mul, Floats, _mm256_mul_ps)
-OF_BOTH(Floats, divide, Floats, _mm256_div_ps)
-OF_BOTH(Floats, lower, Floats, _mm256_min_ps)
-OF_BOTH(Floats, higher, Floats, _mm256_max_ps)
-OF_BOTH(Ints, add, Ints, _mm256_add_epi32)
-OF_BOTH(Ints, sub, Ints, _mm256_sub_epi32)
-OF_BOTH(Ints, mul, Ints, _mm256_mullo_epi32)
-OF_BOTH(Ints, lower, Ints, _mm256_min_epi32)
-OF_BOTH(Ints, higher, Ints, _mm256_max_epi32)
-OF_BOTH(Ints, sub_bytes, Ints, _mm256_sub_epi8)
-OF_BOTH(Ints, bits_and, Ints, _mm256_and_si256)
-OF_BOTH(Ints, bits_or, Ints, _mm256_or_si256)
-OF_BOTH(Ints, bits_xor, Ints, _mm256_xor_si256)
+#define OF_BOTH(type, name, instruction) \
+  inline type name(type x, type y) { return {instruction(x.a, y.a), instruction(x.b, y.b)}; }
+OF_BOTH(Floats, add, _mm256_add_ps)
+OF_BOTH(Floats, sub, _mm256_sub_ps)
+OF_BOTH(Floats, mul, _mm256_mul_ps)
+OF_BOTH(Floats, divide, _mm256_div_ps)
+OF_BOTH(Floats, lower, _mm256_min_ps)
+OF_BOTH(Floats, higher, _mm256_max_ps)
+OF_BOTH(Ints, add, _mm256_add_epi32)
+OF_BOTH(Ints, sub, _mm256_sub_epi32)
+OF_BOTH(Ints, mul, _mm256_mullo_epi32)
+OF_BOTH(Ints, lower, _mm256_min_epi32)
+OF_BOTH(Ints, higher, _mm256_max_epi32)
+OF_BOTH(Ints, sub_bytes, _mm256_sub_epi8)
+OF_BOTH(Ints, bits_and, _mm256_and_si256)
+OF_BOTH(Ints, bits_or, _mm256_or_si256)
+OF_BOTH(Ints, bits_xor, _mm256_xor_si256)
 #undef OF_BOTH
 
 inline Floats fma(Floats x, Floats y, Floats z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
@@ -208,36 +208,38 @@ inline Ints sums_of_pairs(const __m256i (&v)[4]) {
   return {pairs(v[0], v[1]), pairs(v[2], v[3])};
 }
 
-// MR rows of u8 times sixteen columns of s8, quads of which are `stride` bytes apart; K is a multiple of 4. use(row, sums). Exact:
-// four products are of 16 bits, and are summed two and two in 32.
+// MR rows of u8, one or two, times sixteen columns of s8, quads of which are `step` bytes apart; K is a multiple of 4. use(row, sums).
+// Exact: four products are of 16 bits, and are summed two and two in 32.
 template <int MR, class Use>
-inline void multiply_quads(const uint8_t* x, int64_t row, const int8_t* w, int64_t stride, int64_t K, Use use) {
-  if constexpr (MR > 2) {  // the sums of two rows take eight of the sixteen registers
-    multiply_quads<2>(x, row, w, stride, K, use);
-    multiply_quads<MR - 2>(x + 2 * row, row, w, stride, K, [&](int i, Ints sum) { use(i + 2, sum); });
-    return;
-  }
-  constexpr int ROWS = MR > 2 ? 1 : MR;
-  __m256i sum[ROWS][4];
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm256_setzero_si256();
-  for (int64_t k = 0; k < K; k += 4, w += stride) {
-    __m256i q[ROWS];
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++) {
+inline void multiply_quads_of(const uint8_t* x, int64_t stride, const int8_t* w, int64_t step, int64_t K, Use use) {
+  __m256i sum[MR][4];
+#pragma GCC unroll 2
+  for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = _mm256_setzero_si256();
+  for (int64_t k = 0; k < K; k += 4, w += step) {
+    __m256i q[MR];
+#pragma GCC unroll 2
+    for (int i = 0; i < MR; i++) {
       int32_t four;
-      memcpy(&four, x + i * row + k, 4);
+      memcpy(&four, x + i * stride + k, 4);
       q[i] = _mm256_broadcastq_epi64(_mm_cvtepu8_epi16(_mm_cvtsi32_si128(four)));
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       const __m256i columns = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 16 * j)));
-#pragma GCC unroll 8
-      for (int i = 0; i < ROWS; i++) add_products(sum[i][j], columns, q[i]);
+#pragma GCC unroll 2
+      for (int i = 0; i < MR; i++) add_products(sum[i][j], columns, q[i]);
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; i++) use(i, sums_of_pairs(sum[i]));
+#pragma GCC unroll 2
+  for (int i = 0; i < MR; i++) use(i, sums_of_pairs(sum[i]));
+}
+
+// The same of `rows` rows, two at a time: their sums take eight of the sixteen registers.
+template <class Use>
+inline void multiply_quads(const uint8_t* x, int64_t stride, int64_t rows, const int8_t* w, int64_t step, int64_t K, Use use) {
+  int64_t i = 0;
+  for (; i + 2 <= rows; i += 2) multiply_quads_of<2>(x + i * stride, stride, w, step, K, [&](int j, Ints sum) { use(i + j, sum); });
+  if (i < rows) multiply_quads_of<1>(x + i * stride, stride, w, step, K, [&](int, Ints sum) { use(i, sum); });
 }
 
 inline Floats sums_of_rows(const float* rows) {

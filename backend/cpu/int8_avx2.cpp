@@ -50,23 +50,11 @@ void columns_of(const Linear& a, int64_t m, int64_t count, int64_t n, const int1
   for (int64_t i = 0; i < count; i++) finish<ACTIVATION>(a, ints_at(sums + i * LANES), m + i, n, c);
 }
 
-template <int ACTIVATION, int MR>
-void as_they_are_read(const Linear& a, int64_t m, int64_t n) {
-  const int8_t* w = a.weight + n / PANEL * a.K * PANEL + n % PANEL * 4;
-  const Columns c = columns(a, n);
-  multiply_quads<MR>(a.codes + m * a.K, a.K, w, 4 * PANEL, a.K, [&](int i, Ints sum) { finish<ACTIVATION>(a, sum, m + i, n, c); });
-}
-
 template <int ACTIVATION>
 void few(const Linear& a, int64_t m, int64_t count, int64_t n) {
-  switch (count) {
-    case 6: return as_they_are_read<ACTIVATION, 6>(a, m, n);
-    case 5: return as_they_are_read<ACTIVATION, 5>(a, m, n);
-    case 4: return as_they_are_read<ACTIVATION, 4>(a, m, n);
-    case 3: return as_they_are_read<ACTIVATION, 3>(a, m, n);
-    case 2: return as_they_are_read<ACTIVATION, 2>(a, m, n);
-    default: return as_they_are_read<ACTIVATION, 1>(a, m, n);
-  }
+  const int8_t* w = a.weight + n / PANEL * a.K * PANEL + n % PANEL * 4;
+  const Columns c = columns(a, n);
+  multiply_quads(a.codes + m * a.K, a.K, count, w, 4 * PANEL, a.K, [&](int64_t i, Ints sum) { finish<ACTIVATION>(a, sum, m + i, n, c); });
 }
 
 }  // namespace

@@ -98,7 +98,7 @@ struct Integer {
       for (int j = 0; j < 4; j++) put(part + i * PANEL + j * LANES, sum[i][j], first);
 #else
     for (int j = 0; j < 4; j++)
-      multiply_quads<MR>(x, stride, w + j * 4 * LANES, 4 * PANEL, count, [&](int i, Ints sum) { put(part + i * PANEL + j * LANES, sum, first); });
+      multiply_quads(x, stride, MR, w + j * 4 * LANES, 4 * PANEL, count, [&](int i, Ints sum) { put(part + i * PANEL + j * LANES, sum, first); });
 #endif
   }
 
@@ -217,29 +217,10 @@ struct Float {
 
   template <int MR>
   static void multiply(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
-    for (int first_column = 0; first_column < 4; first_column += WIDE) {
-      Floats sum[MR][WIDE];
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < WIDE; j++) sum[i][j] = zeros();
-      const W* from = w + first_column * LANES;
-      for (int64_t k = 0; k < count; k++, from += PANEL) {
-        Floats columns[WIDE];
-#pragma GCC unroll 4
-        for (int j = 0; j < WIDE; j++) columns[j] = floats_at(from + j * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < MR; i++) {
-          const Floats q = all(x[i * stride + k]);
-#pragma GCC unroll 4
-          for (int j = 0; j < WIDE; j++) sum[i][j] = fma(q, columns[j], sum[i][j]);
-        }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < WIDE; j++) put(part + i * PANEL + (first_column + j) * LANES, sum[i][j], first);
-    }
+    for (int column = 0; column < 4; column += WIDE)
+      multiply_floats<MR, WIDE>(x, stride, w + column * LANES, PANEL, count, [&](int i, int j, Floats sum) {
+        put(part + i * PANEL + (column + j) * LANES, sum, first);
+      });
   }
 
   Floats of_group(int64_t, int64_t, const int32_t* part, Ints) const { return floats_at(part); }

@@ -65,4 +65,29 @@ inline Floats power_of_two(Floats x) {
   return times_power(fma(p, r, all(1.0f)), n);
 }
 
+// MR rows, `stride` apart, times NV * 16 columns of `count` rows that are `step` apart. use(row, which sixteen, sums).
+template <int MR, int NV, class Use>
+inline void multiply_floats(const float* x, int64_t stride, const float* w, int64_t step, int64_t count, Use use) {
+  Floats sum[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) sum[i][j] = zeros();
+  for (int64_t k = 0; k < count; k++, w += step) {
+    Floats columns[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) columns[j] = floats_at(w + j * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      const Floats q = all(x[i * stride + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) sum[i][j] = fma(q, columns[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) use(i, j, sum[i][j]);
+}
+
 }  // namespace
