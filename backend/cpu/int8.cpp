@@ -9,12 +9,6 @@
 
 #include "linear.h"
 
-#ifdef __AVX512F__
-#define PLAIN_BAND vnni_band
-#else
-#define PLAIN_BAND avx2_band
-#endif
-
 namespace {
 
 constexpr int ROWS = 6, FEWEST_ROWS_OF_AMX = 3, RESULT = 320 * 1024, STRIP = 4 << 20;  // bytes of a result, and of weights, that stay in the caches
@@ -88,6 +82,10 @@ void vnni_band(const Linear& a, int64_t m, int64_t count, int64_t first, int64_t
     WITH_ACTIVATION(a.activation, rows<A>(a, m, count, panel, next));
   }
 }
+
+constexpr auto plain_band = vnni_band;
+#else
+constexpr auto plain_band = avx2_band;
 #endif
 
 }  // namespace
@@ -96,13 +94,13 @@ void product_band(const Linear& a, int64_t m, int64_t count, int64_t first, int6
 #ifdef WITH_AMX
   if (isa == ON_AMX && count >= FEWEST_ROWS_OF_AMX) return amx_band(a, m, count, first, last);
 #endif
-  PLAIN_BAND(a, m, count, first, last);
+  plain_band(a, m, count, first, last);
 }
 
 int linear(const Linear& a, const Rows* rows, int isa, int threads) {
   const int64_t M = a.M, N = a.N, K = a.K;
   if (M == 0) return 0;
-  auto of_panels = PLAIN_BAND;
+  auto of_panels = plain_band;
   int64_t step = ROWS, tallest = 16 * ROWS, flat = 8 * ROWS, least = 1;  // bands of a thread
 #ifdef WITH_AMX
   if (isa == ON_AMX && M >= FEWEST_ROWS_OF_AMX) {
