@@ -4,10 +4,12 @@
     python benchmarks/cpu.py --section encoder --case "MiniLM 32x128"
     python benchmarks/cpu.py --section linear --rounds 30
     python benchmarks/cpu.py --section decode --case "Llama 1B" --peer "Inductor bf16"      # 20 GB with both Inductors
-    python benchmarks/cpu.py --section none --markdown docs/results/cpu.md                  # all that was measured so far
+    python benchmarks/cpu.py --section none --markdown docs/results/cpu.md                  # all that was measured, with plots
 
 A side that cannot run here, or is not installed, is listed with the reason. Every case goes into build/benchmarks/cpu.json as
-soon as it is measured. Errors are relative, of the output, against float32.
+soon as it is measured. Errors are relative, of the output, against float32. Beside our times stands how much of them the
+linears need at least, by what roofline.py measures in the same run: all products by AVX512-VNNI, or, where caches are emptied
+and where a token is decoded, all codes read from memory.
 """
 
 import argparse
@@ -29,8 +31,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from dots import dots
 from measure import ROOT, Flush, Time, heading, in_turn, markdown_table, shared_assets, table, write
 from minilm import encoder, reviews, tokenize
+from roofline import Roofline, measure_roofline, work_of
 from torch import Tensor, nn
 
 import fxquant
@@ -354,9 +358,10 @@ class Result:
     time: Time | None
     error: float | None
     reason: str = ""
+    least: float | None = None  # seconds that the products of the linears take, were there nothing else
 
 
-def measure(case: Case, peers: Mapping[str, Make], rounds: int, flush: Flush) -> dict[str, Result]:
+def measure(case: Case, peers: Mapping[str, Make], rounds: int, flush: Flush, roof: Roofline) -> dict[str, Result]:
     """All sides of a case, in turn."""
     torch._dynamo.reset()
     model, batch = case.model(), case.batch()
@@ -373,6 +378,8 @@ def measure(case: Case, peers: Mapping[str, Make], rounds: int, flush: Flush) ->
     rewind()
     with torch.no_grad():
         wanted = Output(model)(**batch).float()
+    rewind()
+    works = {bits: work_of(model, partial(Output(model), **batch), bits) for bits in {int(r[1]) for r in case.recipes}}
     for name, make in makers.items():
         try:
             with warnings.catch_warnings(), torch.no_grad():
@@ -390,14 +397,16 @@ def measure(case: Case, peers: Mapping[str, Make], rounds: int, flush: Flush) ->
             said = str(error).strip().splitlines() or [""]
             results[name] = Result(None, None, f"{type(error).__name__}: {said[0]}"[:200])
     for name, taken in in_turn(calls, rounds, case.name, lambda: (rewind(), case.cold and flush())).items():
-        results[name] = Result(taken, results[name].error)
+        bits = int(name.split()[1][1]) if name.startswith("outlierq") else 0
+        least = roof.least(works[bits], case.cold or case.section == "decode") if bits else None
+        results[name] = Result(taken, results[name].error, least=least)
     return results
 
 
 def keep(case: Case, results: Mapping[str, Result], path: Path) -> None:
     """Add a case to the file; what is there of others stays."""
     known = json.loads(path.read_text())["results"] if path.exists() else {}
-    row = {name: {"seconds": r.time, "error": r.error, "reason": r.reason} for name, r in results.items()}
+    row = {name: {"seconds": r.time, "error": r.error, "reason": r.reason, "least": r.least} for name, r in results.items()}
     with contextlib.redirect_stdout(io.StringIO()):
         write("cpu", known | {f"{case.section}: {case.name}": row}, path)
 
@@ -405,13 +414,15 @@ def keep(case: Case, results: Mapping[str, Result], path: Path) -> None:
 def text(case: Case, results: Mapping[str, Result]) -> str:
     """A table: each side's time, how many times as long as our first recipe it takes, and its error."""
     first = next(iter(results.values())).time
-    rows: list[tuple[object, ...]] = [("side", "median (fastest to slowest)", "ours is faster by", "relative error")]
+    heads = ("side", "median (fastest to slowest)", "ours is faster by", "relative error", "its linears need")
+    rows: list[tuple[object, ...]] = [heads]
     for name, result in results.items():
         if result.time is None:
-            rows.append((name, "-", "", result.reason))
+            rows.append((name, "-", "", result.reason, ""))
         else:
             ratio = f"{result.time.median / first.median:.2f}x" if first else "-"
-            rows.append((name, result.time, ratio, f"{result.error:.4f}"))
+            need = f"{result.least / result.time.median:.0%}" if result.least else ""
+            rows.append((name, result.time, ratio, f"{result.error:.4f}", need))
     return f"{case.section}: {case.name}\n\n{table(rows)}\n"
 
 
@@ -423,7 +434,8 @@ def markdown(known: Mapping[str, Any]) -> str:
         f"{m['processor']}, {m['threads']} threads, {m['capability']}; Python {m['python']}, torch {m['torch']}, "
         f"transformers {m['transformers']}, fxquant {m['fxquant']}", "",
         "Medians of rounds in turn, all sides of a case in one run. Our first recipe: milliseconds (fastest to slowest). The",
-        "others: how many times as long each takes. Behind that the relative error of the output against float32.",
+        "others: how many times as long each takes. Behind that the relative error of the output against float32, and of ours",
+        "how much of the time the products of the linears need at least (roofline.py).",
     ]  # fmt: skip
     sections: dict[str, dict[str, Any]] = {}
     for name, row in known["results"].items():
@@ -439,13 +451,28 @@ def markdown(known: Mapping[str, Any]) -> str:
                 seconds = row.get(side, {}).get("seconds")
                 if seconds is None:
                     cells.append("did not run" if side in row else "")
-                elif side == next(iter(row)):
-                    cells.append(f"{Time(*seconds)}; {row[side]['error']:.3f}")
                 else:
-                    cells.append(f"{seconds[0] / first[0]:.2f}x; {row[side]['error']:.3f}")
+                    time = f"{Time(*seconds)}" if side == next(iter(row)) else f"{seconds[0] / first[0]:.2f}x"
+                    least = row[side].get("least")
+                    cells.append(f"{time}; {row[side]['error']:.3f}" + (f"; {least / seconds[0]:.0%}" if least else ""))
             shown.append((case, *cells))
-        lines += ["", f"## {section}", "", markdown_table(shown)]
+        lines += ["", f"## {section}", "", markdown_table(shown), "", f"![{section}](cpu-{section}.svg)"]
     return "\n".join(lines) + "\n"
+
+
+def figures(known: Mapping[str, Any]) -> dict[str, str]:
+    """A figure per section: how many times as long as our first recipe each side takes in each case."""
+    sections: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for name, row in known["results"].items():
+        section, _, case = name.partition(": ")
+        (_, own), *others = row.items()
+        for side, found in others:
+            if found["seconds"] and own["seconds"]:
+                sections.setdefault(section, {})[case, side] = [found["seconds"][0] / own["seconds"][0]]
+    return {
+        section: dots(f"{section}: the time of others over ours", "times as long", points, 1.0, True, "ours")
+        for section, points in sections.items()
+    }
 
 
 def main() -> None:
@@ -458,24 +485,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "benchmarks" / "cpu.json")
-    parser.add_argument("--markdown", type=Path, help="write everything in the JSON file as tables, too")
+    parser.add_argument("--markdown", type=Path, help="write all that the JSON file has as tables, and figures beside")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     peers = {name: make for name, make in PEERS.items() if name in (args.peer or PEERS)}
-    print(heading() + "\n")
+    flush, roof = Flush(), measure_roofline()
+    print(f"{heading()}\n{roof}\n")
     for case in known:
         if case.section not in (args.section or [case.section]) or case.name not in (args.case or [case.name]):
             continue
-        flush = Flush()
-        results = measure(case, peers, args.rounds, flush)
+        results = measure(case, peers, args.rounds, flush, roof)
         keep(case, results, args.json)
         print(text(case, results), flush=True)
-        if case.cold:
-            print(f"memory was read at up to {1e-9 * flush.bandwidth:.1f} GB/s in this run\n", flush=True)
     if args.markdown:
-        args.markdown.write_text(markdown(json.loads(args.json.read_text())))
+        found = json.loads(args.json.read_text())
+        args.markdown.write_text(markdown(found))
+        for section, figure in figures(found).items():
+            args.markdown.with_name(f"{args.markdown.stem}-{section}.svg").write_text(figure)
 
 
 if __name__ == "__main__":

@@ -5,41 +5,43 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
-COLOURS = ("#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe and Ito: told apart by all eyes
+# Okabe and Ito: told apart by all eyes.
+COLOURS = ("#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#000000")
 LEFT, RIGHT, TOP, ROW, WIDTH = 170, 30, 62, 34, 820  # pixels
 
 Points = Mapping[tuple[str, str], Sequence[float]]
 
 
-def dots(title: str, axis: str, points: Points, line: float, logarithmic: bool = False) -> str:
+def dots(title: str, axis: str, points: Points, line: float, logarithmic: bool = False, of: str = "float") -> str:
     """``points``: (row, series) -> the values of its repetitions, a dot at their mean and a bar from least to most.
 
-    ``line`` is a value drawn across all rows, such as that of the float model. What is not finite is left out.
+    ``line`` is a value drawn across all rows, and ``of`` whose it is. What is not finite is left out.
     """
     finite = {key: found for key, values in points.items() if (found := [v for v in values if math.isfinite(v)])}
     rows, series = (list(dict.fromkeys(key[i] for key in points)) for i in (0, 1))
     ends = [line, *(v for values in finite.values() for v in values)]
     place, ticks = _scale(min(ends), max(ends), logarithmic)
-    bottom = TOP + ROW * len(rows)
+    legend = _legend(series)
+    top = TOP + legend[-1][1] - 40 if legend else TOP
+    bottom = top + ROW * len(rows)
 
     parts = [_text(LEFT, 22, title, 'font-weight="bold"')]
-    for number, name in enumerate(series):
-        x = LEFT + 90.0 * number
-        parts += [f'<circle cx="{x + 5}" cy="40" r="5" fill="{COLOURS[number % len(COLOURS)]}"/>', _text(x + 15, 44, name)]
+    for number, (name, (x, y)) in enumerate(zip(series, legend, strict=True)):
+        parts += [f'<circle cx="{x + 5}" cy="{y}" r="5" fill="{COLOURS[number % len(COLOURS)]}"/>', _text(x + 15, y + 4, name)]
     for tick in ticks:
         x = place(tick)
-        parts.append(f'<path d="M{x:.1f} {TOP}V{bottom}" stroke="#ddd"/>')
+        parts.append(f'<path d="M{x:.1f} {top}V{bottom}" stroke="#ddd"/>')
         parts.append(_text(x, bottom + 18, f"{tick:g}", 'text-anchor="middle"'))
-    parts.append(f'<path d="M{place(line):.1f} {TOP}V{bottom}" stroke="#222" stroke-dasharray="4 3"/>')
-    parts.append(_text(place(line), TOP - 4, "float", 'text-anchor="middle"'))
+    parts.append(f'<path d="M{place(line):.1f} {top}V{bottom}" stroke="#222" stroke-dasharray="4 3"/>')
+    parts.append(_text(place(line), top - 4, of, 'text-anchor="middle"'))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, bottom + 38, axis, 'text-anchor="middle"'))
     for number, row in enumerate(rows):
-        parts.append(_text(LEFT - 12, TOP + ROW * number + 21, row, 'text-anchor="end"'))
+        parts.append(_text(LEFT - 12, top + ROW * number + 21, row, 'text-anchor="end"'))
         for offset, name in enumerate(series):
             if (row, name) not in finite:
                 continue
             # one below the other, so that equal values do not hide each other
-            y = TOP + ROW * (number + (offset + 1) / (len(series) + 1))
+            y = top + ROW * (number + (offset + 1) / (len(series) + 1))
             values, colour = finite[row, name], COLOURS[offset % len(COLOURS)]
             mean = sum(values) / len(values)
             parts.append(f'<path d="M{place(min(values)):.1f} {y:.1f}H{place(max(values)):.1f}" stroke="{colour}"/>')
@@ -50,6 +52,18 @@ def dots(title: str, axis: str, points: Points, line: float, logarithmic: bool =
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )
+
+
+def _legend(series: Sequence[str]) -> list[tuple[float, float]]:
+    """Where the name of each series goes: side by side, on as many lines as it takes."""
+    places, x, y = [], float(LEFT), 40.0
+    for name in series:
+        width = max(90.0, 30 + 6.5 * len(name))
+        if x > LEFT and x + width > WIDTH:
+            x, y = float(LEFT), y + 18
+        places.append((x, y))
+        x += width
+    return places
 
 
 def _scale(low: float, high: float, logarithmic: bool) -> tuple[Callable[[float], float], list[float]]:

@@ -105,6 +105,12 @@ inline float reduced(__m256 v, Of of) {
 inline float sum_of(Floats v) { return reduced(_mm256_add_ps(v.b, v.a), [](__m128 x, __m128 y) { return _mm_add_ps(x, y); }); }
 inline float lowest_of(Floats v) { return reduced(_mm256_min_ps(v.b, v.a), [](__m128 x, __m128 y) { return _mm_min_ps(x, y); }); }
 inline float highest_of(Floats v) { return reduced(_mm256_max_ps(v.b, v.a), [](__m128 x, __m128 y) { return _mm_max_ps(x, y); }); }
+inline int32_t highest_of(Ints v) {
+  const __m256i eight = _mm256_max_epi32(v.a, v.b);
+  const __m128i four = _mm_max_epi32(_mm256_extracti128_si256(eight, 1), _mm256_castsi256_si128(eight));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x0e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0x01)));
+}
 
 inline Where equal(Floats x, Floats y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ)}; }
 inline Where greater(Floats x, Floats y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)}; }

@@ -41,6 +41,7 @@ inline Floats times_power(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
 inline float sum_of(Floats v) { return _mm512_reduce_add_ps(v); }
 inline float lowest_of(Floats v) { return _mm512_reduce_min_ps(v); }
 inline float highest_of(Floats v) { return _mm512_reduce_max_ps(v); }
+inline int32_t highest_of(Ints v) { return _mm512_reduce_max_epi32(v); }
 
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }

@@ -2,12 +2,16 @@
 //
 // A panel of 64 outputs is one stream of codes, cut into groups and those into blocks of a few quads: four inputs of each of the
 // 64 outputs, 256 bytes as int8. Narrow codes share bytes, so that a load, a shift and a mask give a quad (low_bit.py has the
-// layout). A chunk of the stream is decoded into the first-level cache, and all rows are multiplied with it there: to int8 where
-// activations are u8, and to float where they are floats.
+// layout). A few rows are multiplied as it is read; for more, a chunk of the stream is decoded into the first-level cache, and all
+// rows are multiplied with it there.
 //
 // With w = scale (code - zero) and x = x_scale (q - x_zero), a group adds, exactly up to the first product,
 //   scale (sum q code - zero sum (q - x_zero) - x_zero sum code)
 // The sum of the codes and the zero of a group are one word, (zero << 24) + (sum & 0xffffff).
+//
+// Activations that are floats become integers too, of 24 bits (16 where they are of 16 bits), in the digits of which vpdpbusd
+// multiplies: three instructions for 64 weights, where products of floats take four and as many to decode each. On AVX2, which has
+// no such instruction, they are floats.
 //
 // Groups are added in order, whatever the threads and the rows beside, so that neither changes a bit.
 
@@ -22,7 +26,8 @@
 namespace {
 
 constexpr int ROWS = 6, BAND = 96, AHEAD = 4096;  // rows at a time in registers, and in the caches; bytes to prefetch ahead
-constexpr int TILE = 16, FEWEST_ROWS_OF_AMX = 3;
+constexpr int TILE = 16;
+constexpr int AS_READ = 4;  // rows that weights are multiplied with as they are read
 
 // Sums into sixteen places of a row of them, or onto what is there.
 inline void put(int32_t* row, Ints sum, bool first) { write(row, first ? sum : add(sum, ints_at(row))); }
@@ -56,13 +61,15 @@ inline void prefetch(const uint8_t* block) {
   for (int line = 0; line < block_bytes(BITS); line += 4 * PANEL) _mm_prefetch(block + AHEAD + line, _MM_HINT_T0);
 }
 
-// Activations of u8: quads of int8, sums of int32.
-struct Integer {
+// Activations of u8, P digits of each: quads of int8, sums of int32. One digit is given, with its scale and zero point. P of them
+// are made here of a float: of x / s + 256^P / 2, rounded, where s is the least power of two that leaves a group room.
+template <int P>
+struct Digits {
   using X = uint8_t;
   using W = int8_t;
-  static constexpr int CHUNK = 256;
+  static constexpr int CHUNK = 256, DIGITS = P, TOLD = P == 1 ? 1 : P + 1;
   const LowBit& a;
-  const int32_t* sums;  // [M, groups], of q - x_zero
+  const int32_t* told;  // [M, groups, TOLD]: the sums of the digits, of the highest less its zero point; and the bits of s
   bool tiles;
 
   template <int BITS>
@@ -75,6 +82,46 @@ struct Integer {
       }
   }
 
+#ifdef __AVX512F__
+  // A weight goes from the register into which it is unpacked to the sums of all rows.
+  template <int BITS, int MR>
+  static void as_read(const X* x, int64_t stride, const uint8_t* from, int64_t blocks, int32_t* part) {
+    Ints sum[MR][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = zero_ints();
+    for (int64_t b = 0; b < blocks; b++, from += block_bytes(BITS), x += depth(BITS))
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        prefetch<BITS>(from + j * 64);
+        unpack<BITS>(from + j * 64, [&](int k, Ints quad) {
+#pragma GCC unroll 4
+          for (int i = 0; i < MR; i++) add_quads(sum[i][j], quad_of(x + i * stride + 4 * k), quad);
+        });
+      }
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) put(part + i * PANEL + j * LANES, sum[i][j], true);
+  }
+
+  template <int BITS>
+  bool few(const X* x, int64_t stride, int64_t rows, const uint8_t* from, int64_t blocks, const int32_t*, int32_t* part) const {
+    if (tiles) return false;
+    switch (rows * P) {  // up to AS_READ
+      case 1: return as_read<BITS, 1>(x, stride, from, blocks, part), true;
+      case 2: return as_read<BITS, 2>(x, stride, from, blocks, part), true;
+      case 3: return as_read<BITS, 3>(x, stride, from, blocks, part), true;
+      case 4: return as_read<BITS, 4>(x, stride, from, blocks, part), true;
+      default: return false;
+    }
+  }
+
+  static Ints quad_of(const X* x) { return as_ints(_mm512_broadcastss_ps(_mm_load_ss((const float*)x))); }
+#else
+  template <int BITS>
+  bool few(const X*, int64_t, int64_t, const uint8_t*, int64_t, const int32_t*, int32_t*) const { return false; }
+#endif
+
   template <int MR>
   static void multiply(const X* x, int64_t stride, const W* w, int64_t count, int32_t* part, bool first) {
 #ifdef __AVX512F__
@@ -85,7 +132,7 @@ struct Integer {
       const Ints w0 = ints_at(w), w1 = ints_at(w + 64), w2 = ints_at(w + 128), w3 = ints_at(w + 192);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++) {
-        const Ints q = as_ints(_mm512_broadcastss_ps(_mm_load_ss((const float*)(x + i * stride + k))));
+        const Ints q = quad_of(x + i * stride + k);
         add_quads(sum[i][0], q, w0);
         add_quads(sum[i][1], q, w1);
         add_quads(sum[i][2], q, w2);
@@ -136,29 +183,61 @@ struct Integer {
 #endif
 
   Floats of_group(int64_t m, int64_t g, const int32_t* part, Ints terms) const {
+    const int32_t* here = told + (m * a.groups + g) * TOLD;
     const Ints zero = sar(terms, 24), sum = sar(shl(terms, 8), 8);
-    const Ints less = add(
-        mul(zero, all_ints(sums[m * a.groups + g])),
-        mul(sum, all_ints(a.zero[m * a.per_row])));
-    return to_floats(sub(ints_at(part), less));
+    const Ints shift = P == 1 ? mul(sum, all_ints(a.zero[m * a.per_row])) : shl(sum, 7);
+    const auto digit = [&](int p, Ints less) { return to_floats(sub(ints_at(part + p * PANEL), add(less, mul(zero, all_ints(here[p]))))); };
+    Floats total = digit(P - 1, shift);
+    for (int p = P - 2; p >= 0; p--) total = fma(total, all(256), digit(p, zero_ints()));
+    return P == 1 ? total : mul(total, all(float_of(here[P])));
   }
 
   Floats of_row(int64_t m, Floats total, Floats bias) const {
-    return fma(total, all(a.scale[m * a.per_row]), bias);
+    return P == 1 ? fma(total, all(a.scale[m * a.per_row]), bias) : add(total, bias);
   }
 
-  // A row, in groups of `padded`, and its sums.
-  void prepare(int64_t m, X* to, int64_t padded, int32_t* sums) const {
-    const uint8_t* from = (const uint8_t*)a.x + m * a.x_stride;
-    const int32_t zero = a.zero[m * a.per_row] * (int32_t)a.size;
-    for (int64_t g = 0; g < a.groups; g++, from += a.size) {
+  // A group of a row, filled up to `padded`, its digits in rows of `stride`; and what is told of it.
+  void prepare(int64_t m, int64_t g, X* to, int64_t stride, int64_t padded, int32_t* told) const {
+    if constexpr (P == 1) {
+      const uint8_t* from = (const uint8_t*)a.x + m * a.x_stride + g * a.size;
       int32_t sum = 0;
       for (int64_t k = 0; k < a.size; k++) sum += from[k];
-      sums[m * a.groups + g] = sum - zero;
-      if (!to) continue;
-      memcpy(to + g * padded, from, a.size);
-      memset(to + g * padded + a.size, 0, padded - a.size);
+      told[0] = sum - a.zero[m * a.per_row] * (int32_t)a.size;
+      if (!to) return;
+      memcpy(to, from, a.size);
+      memset(to + a.size, 0, padded - a.size);
+    } else {
+      const int bytes = element_size(a.x_dtype);
+      const char* from = a.x + (m * a.groups + g) * a.size * bytes;
+      Ints most = zero_ints();
+      for (int64_t k = 0; k < a.size; k += LANES)
+        most = higher(most, as_ints(magnitude(load(from + k * bytes, a.x_dtype, tail(a.size - k)))));
+      // By its bits, where a NaN is above an infinity and that above all numbers: then s is NaN, and so is the result.
+      const int exponent = highest_of(most) >> 23, power = exponent + 2 - 8 * P < 1 ? 1 : exponent + 2 - 8 * P;
+      const bool finite = exponent < 255;
+      told[P] = finite ? power << 23 : 0x7fc00000;
+      const Floats inverse = all(float_of((254 - power) << 23));
+      constexpr int HALF = 1 << (8 * P - 1);
+      Ints sum[P] = {};
+      for (int64_t k = 0; k < padded; k += LANES) {
+        const Lanes lanes = finite && k < a.size ? tail(a.size - k) : 0;
+        const Ints whole = nearest(mul(load(from + k * bytes, a.x_dtype, lanes), inverse));
+        const Ints digits = only(lanes, add(lower(whole, all_ints(HALF - 1)), all_ints(HALF)));
+        for (int p = 0; p < P; p++) {
+          const Ints digit = bits_and(shr(digits, 8 * p), all_ints(255));
+          sum[p] = add(sum[p], digit);
+          write_bytes(to + p * stride + k, tail(padded - k), digit);
+        }
+      }
+      for (int p = 0; p < P; p++) told[p] = (int32_t)sum_of(to_floats(sum[p]));  // below 2^24, as MOST_INPUTS are
+      told[P - 1] -= 128 * (int32_t)a.size;
     }
+  }
+
+  static float float_of(int32_t bits) {
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
   }
 };
 
@@ -166,9 +245,9 @@ struct Integer {
 struct Float {
   using X = float;
   using W = float;
-  static constexpr int CHUNK = 64;
+  static constexpr int CHUNK = 64, DIGITS = 1, TOLD = 0;
   const LowBit& a;
-  const int32_t* sums;
+  const int32_t* told;
   bool tiles;
 
   // Sixteen outputs of one input at a time, use(input, which sixteen, values).
@@ -209,10 +288,15 @@ struct Float {
 
   // One row: each weight is used once, so it stays in its register. The order is that of many rows.
   template <int BITS>
-  static void single(const X* x, const uint8_t* from, int64_t blocks, const int32_t* terms, int32_t* part, bool first) {
-    Floats sum[4] = {zeros(), zeros(), zeros(), zeros()};
-    each<BITS>(from, blocks, terms, [&](int64_t k, int j, Floats w) { sum[j] = fma(all(x[k]), w, sum[j]); });
-    for (int j = 0; j < 4; j++) put(part + j * LANES, sum[j], first);
+  bool few(const X* x, int64_t, int64_t rows, const uint8_t* from, int64_t blocks, const int32_t* terms, int32_t* part) const {
+    if (rows != 1) return false;
+    constexpr int64_t most = CHUNK / depth(BITS);
+    for (int64_t b = 0; b < blocks; b += most, from += most * block_bytes(BITS), x += CHUNK) {
+      Floats sum[4] = {zeros(), zeros(), zeros(), zeros()};
+      each<BITS>(from, blocks - b < most ? blocks - b : most, terms, [&](int64_t k, int j, Floats w) { sum[j] = fma(all(x[k]), w, sum[j]); });
+      for (int j = 0; j < 4; j++) put(part + j * LANES, sum[j], b == 0);
+    }
+    return true;
   }
 
   template <int MR>
@@ -227,14 +311,13 @@ struct Float {
 
   Floats of_row(int64_t, Floats total, Floats bias) const { return add(total, bias); }
 
-  void prepare(int64_t m, X* to, int64_t padded, int32_t*) const {
+  void prepare(int64_t m, int64_t g, X* to, int64_t, int64_t padded, int32_t*) const {
     const int size = element_size(a.x_dtype);
-    const char* from = a.x + m * a.groups * a.size * size;
-    for (int64_t g = 0; g < a.groups; g++, from += a.size * size)
-      for (int64_t k = 0; k < padded; k += LANES) {
-        const Lanes lanes = k < a.size ? tail(a.size - k) : 0;
-        write(to + g * padded + k, tail(padded - k), load(from + k * size, a.x_dtype, lanes));
-      }
+    const char* from = a.x + (m * a.groups + g) * a.size * size;
+    for (int64_t k = 0; k < padded; k += LANES) {
+      const Lanes lanes = k < a.size ? tail(a.size - k) : 0;
+      write(to + k, tail(padded - k), load(from + k * size, a.x_dtype, lanes));
+    }
   }
 };
 
@@ -242,7 +325,7 @@ struct Float {
 template <class Kind>
 void multiply(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t rows, typename Kind::W* w, int64_t count, int32_t* part, bool first) {
 #ifdef WITH_AMX
-  if constexpr (std::is_same_v<Kind, Integer>)
+  if constexpr (!std::is_same_v<Kind, Float>)
     if (kind.tiles) {
       const int64_t whole = (count + DEPTH - 1) / DEPTH * DEPTH;
       memset(w + count * PANEL, 0, (whole - count) * PANEL);
@@ -279,10 +362,11 @@ void finish(const Kind& kind, const float* total, const float* up, int64_t m, in
   }
 }
 
-// The sums over all groups of rows m to m + rows, BAND at most, and one panel.
+// The sums over all groups of rows m to m + rows and one panel, BAND rows of digits at most.
 template <class Kind, int BITS>
 void sum_up(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t step, int64_t m, int64_t rows, int64_t panel, float* total) {
   const LowBit& a = kind.a;
+  constexpr int P = Kind::DIGITS;
   alignas(64) typename Kind::W chunk[Kind::CHUNK * PANEL];
   alignas(64) int32_t part[BAND * PANEL];
   const int64_t blocks = (a.size + depth(BITS) - 1) / depth(BITS);
@@ -290,31 +374,27 @@ void sum_up(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t
   for (int64_t g = 0; g < a.groups; g++) {
     const int64_t group = panel * a.groups + g;
     const int32_t* terms = a.terms + group * PANEL;
-    for (int64_t b = 0; b < blocks; b += most) {
-      const int64_t count = blocks - b < most ? blocks - b : most;
-      const uint8_t* codes = a.weight + (group * blocks + b) * block_bytes(BITS);
-      const typename Kind::X* first = x + m * stride + g * step + b * depth(BITS);
-      if constexpr (std::is_same_v<Kind, Float>)
-        if (rows == 1) {
-          Kind::template single<BITS>(first, codes, count, terms, part, b == 0);
-          continue;
-        }
-      Kind::template decode<BITS>(codes, count, terms, chunk);
-      multiply(kind, first, stride, rows, chunk, count * depth(BITS), part, b == 0);
-    }
+    const uint8_t* codes = a.weight + group * blocks * block_bytes(BITS);
+    const typename Kind::X* first = x + m * P * stride + g * step;
+    if (!kind.template few<BITS>(first, stride, rows, codes, blocks, terms, part))
+      for (int64_t b = 0; b < blocks; b += most) {
+        const int64_t count = blocks - b < most ? blocks - b : most;
+        Kind::template decode<BITS>(codes + b * block_bytes(BITS), count, terms, chunk);
+        multiply(kind, first + b * depth(BITS), stride, rows * P, chunk, count * depth(BITS), part, b == 0);
+      }
     for (int j = 0; j < 4; j++) {
       const Floats scale = floats_at(a.weight_scale + group * PANEL + j * LANES);
       const Ints word = ints_at(terms + j * LANES);
       for (int64_t i = 0; i < rows; i++) {
         float* sum = total + i * PANEL + j * LANES;
         const Floats before = g ? floats_at(sum) : zeros();
-        write(sum, fma(kind.of_group(m + i, g, part + i * PANEL + j * LANES, word), scale, before));
+        write(sum, fma(kind.of_group(m + i, g, part + i * P * PANEL + j * LANES, word), scale, before));
       }
     }
   }
 }
 
-// Rows m to m + rows, BAND at most, of one panel. `x` has groups of `step` elements, and rows of `stride`.
+// Rows m to m + rows of one panel. `x` has groups of `step` elements, and rows of `stride`.
 template <class Kind, int BITS>
 void band(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t step, int64_t m, int64_t rows, int64_t panel) {
   const LowBit& a = kind.a;
@@ -328,18 +408,19 @@ template <class Kind>
 int run(const LowBit& a, bool tiles, int threads) {
   if (a.M == 0) return 0;
   using X = typename Kind::X;
-  const int64_t inner = a.size * a.groups, panels = (a.N + PANEL - 1) / PANEL, bands = (a.M + BAND - 1) / BAND;
-  const int64_t unit = tiles ? DEPTH : depth(a.bits), padded = (a.size + unit - 1) / unit * unit;
-  const int64_t height = !tiles || a.M <= TILE ? a.M : (a.M + TILE - 1) / TILE * TILE;  // rows that are read
-  const bool copied = sizeof(X) > 1 || tiles || padded != a.size;  // else codes lie as they are wanted
+  constexpr int P = Kind::DIGITS, HEIGHT = BAND / P;
+  const int64_t inner = a.size * a.groups, panels = (a.N + PANEL - 1) / PANEL, bands = (a.M + HEIGHT - 1) / HEIGHT;
+  const int64_t unit = tiles ? DEPTH : depth(a.bits), padded = (a.size + unit - 1) / unit * unit, rows = a.M * P;
+  const int64_t height = !tiles || rows <= TILE ? rows : (rows + TILE - 1) / TILE * TILE;  // rows that are read
+  const bool copied = P > 1 || sizeof(X) > 1 || tiles || padded != a.size;  // else codes lie as they are wanted
   // Rows a power of two apart would share few places of the first-level cache: one line more.
   const int64_t stride = copied ? padded * a.groups + 64 / sizeof(X) : a.x_stride, step = copied ? padded : a.size;
   const int64_t row = copied ? stride * sizeof(X) : 0;
   thread_local Memory space;
-  char* memory = space.take(height * row + a.M * a.groups * sizeof(int32_t) + 64);
+  char* memory = space.take(height * row + a.M * a.groups * Kind::TOLD * sizeof(int32_t) + 64);
   if (!memory) return 1;
-  int32_t* sums = (int32_t*)(memory + height * row);
-  const Kind kind = {a, sums, tiles};
+  int32_t* told = (int32_t*)(memory + height * row);
+  const Kind kind = {a, told, tiles};
   X* own = copied ? (X*)memory : nullptr;
   const X* x = copied ? own : (const X*)a.x;
   const auto one = [&] {
@@ -354,21 +435,33 @@ int run(const LowBit& a, bool tiles, int threads) {
 #pragma omp parallel num_threads(threads) if (a.M * a.N * inner > 32768)
   {
 #ifdef WITH_AMX
-    const int tall = a.M < TILE ? (int)a.M : TILE;
+    const int tall = rows < TILE ? (int)rows : TILE;
     if (tiles) configure({tall, tall, tall, tall, tall, TILE, TILE, 1});
 #endif
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < a.M; m++) kind.prepare(m, own ? own + m * stride : nullptr, padded, sums);
+    for (int64_t i = 0; i < a.M * a.groups; i++) {
+      const int64_t m = i / a.groups, g = i % a.groups;
+      kind.prepare(m, g, own ? own + m * P * stride + g * padded : nullptr, stride, padded, told + i * Kind::TOLD);
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < bands * panels; task++) {
-      const int64_t m = task % bands * BAND;
-      one(kind, x, stride, step, m, m + BAND < a.M ? BAND : a.M - m, task / bands);
+      const int64_t m = task % bands * HEIGHT;
+      one(kind, x, stride, step, m, m + HEIGHT < a.M ? HEIGHT : a.M - m, task / bands);
     }
 #ifdef WITH_AMX
     if (tiles) _tile_release();
 #endif
   }
   return 0;
+}
+
+// On AMX there are tiles, but where weights are multiplied as they are read; the results are the same.
+template <int P>
+int digits(const LowBit& a, [[maybe_unused]] int isa, int threads) {
+#ifdef WITH_AMX
+  if (isa == ON_AMX && a.M * P > (P == 1 ? 2 : AS_READ)) return run<Digits<P>>(a, true, threads);
+#endif
+  return run<Digits<P>>(a, false, threads);
 }
 
 // One panel as floats of a.dtype, saturating: row k of a.out has the weights [N] of input k.
@@ -407,11 +500,12 @@ void low_bit_decode(const LowBit& a, int threads) {
   for (int64_t panel = 0; panel < (a.N + PANEL - 1) / PANEL; panel++) one(a, panel);
 }
 
-int low_bit_integer(const LowBit& a, int isa, int threads) {
-#ifdef WITH_AMX
-  if (isa == ON_AMX && a.M >= FEWEST_ROWS_OF_AMX) return run<Integer>(a, true, threads);
-#endif
-  return run<Integer>(a, false, threads);
-}
+int low_bit_integer(const LowBit& a, int isa, int threads) { return digits<1>(a, isa, threads); }
 
-int low_bit_float(const LowBit& a, int threads) { return run<Float>(a, false, threads); }
+int low_bit_float(const LowBit& a, [[maybe_unused]] int isa, int threads) {
+#ifdef __AVX512F__
+  return a.x_dtype == F32 ? digits<3>(a, isa, threads) : digits<2>(a, isa, threads);
+#else
+  return run<Float>(a, false, threads);
+#endif
+}

@@ -22,6 +22,6 @@ struct LowBit {
 // The weight alone, decoded as [K, N]. low_bit.cpp.
 void low_bit_decode(const LowBit& a, int threads);
 
-// Both return 0, or 1 if there was no memory. On AMX there are tiles, which pay from FEWEST_ROWS_OF_AMX rows; the results are the same.
+// Both return 0, or 1 if there was no memory. Whether there is AMX makes no difference to the results; AVX2 does, to those of floats.
 int low_bit_integer(const LowBit& a, int isa, int threads);
-int low_bit_float(const LowBit& a, int threads);
+int low_bit_float(const LowBit& a, int isa, int threads);

@@ -354,7 +354,7 @@ Tensor low_bit(const Tensor& given, const Maybe& given_scale, const Maybe& given
   const LowBit told = {at(x), scale ? F32 : dtype(x), width, scale ? at<float>(*scale) : nullptr, zero ? at<int32_t>(*zero) : nullptr,
                        scale && scale->numel() == rows, at<uint8_t>(weight), at<float>(weight_scale), at<int32_t>(terms), (int)bits, size, groups,
                        at(bias), bias ? dtype(*bias) : F32, (char*)out.data_ptr(), dtype(type), activation, rows, outputs, gated};
-  succeeded(scale ? low_bit_integer(told, isa, threads()) : low_bit_float(told, threads()), "a product", rows, outputs);
+  succeeded(scale ? low_bit_integer(told, isa, threads()) : low_bit_float(told, isa, threads()), "a product", rows, outputs);
   return out;
 }
 
