@@ -18,9 +18,9 @@ from .tile import Choice, Problem, Tile
 
 # What no data sheet tells, and we assume: microseconds from asking memory to its answer, bytes that the L2 cache gives a
 # processor in a clock, microseconds from one kernel to the next in a CUDA graph, the share of their peaks that memory and
-# products reach at best, in which clock a warp that is alone issues its next instruction, the share of that first answer which a
-# persistent program does not wait for, because it asked while the tile before ended. The last wave is as long for it as it is
-# for others: tiles are dealt out beforehand.
+# products reach at best, in which clock a warp that is alone issues its next instruction, the share of that first answer that
+# a persistent program does not wait for, because it asked while the tile before ended. The last wave is as long for it as it
+# is for others: tiles are dealt out beforehand.
 LATENCY, CACHE_BYTES, NEXT_KERNEL, REACHED, ALONE, ASKED_BEFORE = 0.8, 36, 1.5, 0.85, 2.5, 0.5
 
 
@@ -104,8 +104,12 @@ def instructions(problem: Problem, tile: Tile, on: Device) -> float:
         groups = tall * step.block / (64 * depth) / (tile.warps / 4)
         products, fragments = (4 if codes else 7) * groups, 0.0
         loads -= 0 if codes else step.word_registers / 4
-    walking = 20 if tile.persistent else 0
-    return unpack + products + loads + fragments + scaling + 55 + 15 * step.chunks + walking
+    around = 55
+    if not codes and tile.stages == 2 and on.capability < 90:
+        around -= 25  # one stage is loaded ahead, and no place in a ring of them is counted
+    elif tile.persistent and tile.stages > 2 and on.capability >= 90:
+        around += 35  # whether the loads begin another tile
+    return unpack + products + loads + fragments + scaling + around + 15 * step.chunks
 
 
 def by_groups(tile: Tile, on: Device) -> bool:

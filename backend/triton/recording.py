@@ -60,9 +60,5 @@ def launches(run: Callable[[], object], on: Device | None = None, choose: Choose
 
 
 def tile_of(asked: Launch) -> str:
-    """``16 x 64, K in 4`` or ``128 x 128, persistent``: the tile of a product, how it is walked to, and the parts of K."""
-    if asked.choice is None:
-        return ""
-    tile, parts = asked.choice
-    walks = f", {tile.persistent} persistent" if tile.persistent > 1 else ", persistent" if tile.persistent else ""
-    return f"{tile.bm} x {tile.bn}{walks}" + (f", K in {parts}" if parts > 1 else "")
+    """The tile of a product; nothing for other kernels."""
+    return "" if asked.choice is None else str(asked.choice)

@@ -89,7 +89,8 @@ def write(form: Form) -> str:
         "tiles_n = tl.cdiv(N, BN)",
         f"steps = tl.cdiv(K, {block})",
     ]
-    share, loop = [], "for step in range(0, steps):"
+    share: list[str] = []
+    stepping = "for step in range(0, steps):"
     if form.persistent:
         walk += [
             "# One loop of all steps of all tiles (flatten): what a tile begins with is loaded while the one before it ends.",
@@ -97,7 +98,7 @@ def write(form: Form) -> str:
         ]
     else:
         share = ["share = tl.cdiv(steps, PARTS)", "first = tl.program_id(1) * share"]
-        loop = "for step in range(first, tl.minimum(first + share, steps)):"
+        stepping = "for step in range(first, tl.minimum(first + share, steps)):"
     body = [
         f"band = {tile} // (BAND * tiles_n)",
         "height = tl.minimum(tl.cdiv(M, BM) - band * BAND, BAND)",
@@ -112,13 +113,13 @@ def write(form: Form) -> str:
     ]
     if form.codes is None and share:
         body += [f"{name} += first * WIDTH" for name in ("x_rows", *(f"w{i}_rows" for i in P))]
-    body += [loop]
+    body += [stepping]
     body += ["    " + line for line in (plain(form) if form.codes is None else unpacked(form, form.codes))]
     if left:
         body += [f"acc{i} = tl.trans(acc{i})" for i in P]
     body += stored_parts(form) if form.parts else ending(form)
     body = walk + ([f"    {line}" for line in body] if form.persistent else body)
-    return function(form.name, names, sizes, ["PARTS", "BM", "BN", "WIDTH", "BAND"], body)
+    return function(form.name, names, sizes, [*(["PARTS"] if share else []), "BM", "BN", "WIDTH", "BAND"], body)
 
 
 def write_sum(form: Form) -> str:

@@ -36,6 +36,12 @@ class Choice(NamedTuple):
     tile: Tile
     parts: int = 1
 
+    def __str__(self) -> str:
+        """``16 x 64, K in 4``; ``128 x 128, persistent``; ``128 x 64, 2 persistent`` on each processor."""
+        n = self.tile.persistent
+        walks = f", {n} persistent" if n > 1 else ", persistent" if n else ""
+        return f"{self.tile.bm} x {self.tile.bn}{walks}" + (f", K in {self.parts}" if self.parts > 1 else "")
+
 
 @dataclass(frozen=True)
 class Problem:
