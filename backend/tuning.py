@@ -24,9 +24,8 @@ def tune_model(model: nn.Module, progress: Progress) -> tuple[list[str], bool]:
     lines, better = [], False
     for problem, on in progress(list(problems_of(model).items()), "timing tiles"):
         for found, (choice, microseconds) in tune([problem], on).items():
-            tile, first = choice.tile, ranked(found, on)[0]
+            first = ranked(found, on)[0]
             better |= choice != first
-            parts = f", K in {choice.parts}" if choice.parts > 1 else ""
             was = "as the model had it" if choice == first else "not the model's first"
-            lines.append(f"{found}: {tile.bm} x {tile.bn}{parts}, {microseconds:.1f} us, {was}")
+            lines.append(f"{found}: {choice}, {microseconds:.1f} us, {was}")
     return lines, better

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from fxquant.backend.triton import gemm, launch, row, tune
 from fxquant.backend.triton.codes import Codes
 from fxquant.backend.triton.cost import cost
-from fxquant.backend.triton.tile import Problem
+from fxquant.backend.triton.tile import Problem, Tile
 
 LAYERS = {"768 to 3072": (3072, 768), "4096 to 4096": (4096,) * 2, "4096 to 14336": (14336, 4096), "8192 to 8192": (8192,) * 2}
 COLD = 256 << 20  # bytes of operands that a timing walks through; the L2 of an H200 holds 50 MB
@@ -124,6 +125,37 @@ def check_a8() -> list[dict[str, Any]]:
     return found
 
 
+PERSISTENT = tuple(Tile(bm, bn, 128, 8, stages, persistent=1) for bm, bn, stages in ((128, 128, 2), (128, 64, 2), (64, 128, 3)))
+
+
+def check_persistent() -> list[dict[str, Any]]:
+    """The persistent int8 products: exact integers and, for each program, the bits of the plain kernel with the same tile."""
+    found = []
+    on = launch.device()
+    for M, N, K in ((1, 1, 1), (513, 1001, 768), (1000, 2304, 96), (4096, 4096, 4096)):
+        q, w = (torch.randint(-128, 128, (rows, K), device="cuda", dtype=torch.int8) for rows in (M, N))
+        zero, bias = torch.randint(-128, 128, (M, 1), device="cuda", dtype=torch.int32), torch.randn(N, device="cuda")
+        weight, full = packed_a8(w, 8, gemm.ONE_GROUP, torch.ones(N, device="cuda")), torch.randn(M, N, device="cuda")
+        scale_x, one = torch.rand(M, 1, device="cuda") / K, torch.ones(M, 1, device="cuda")
+        truth = ((q.double() - zero) @ w.double().T).float()
+        for tile in PERSISTENT:
+
+            def product(tile: Tile, scale: torch.Tensor, program: str) -> torch.Tensor:
+                inputs, pair = [bias, full] if "full1" in program else [], 2 if "y1" in program else 1  # noqa: B023
+                end = (program, 8, gemm.ONE_GROUP, 32, torch.float32, tile, 1)
+                return gemm.launch_a8(q, scale, zero, weight * pair, inputs, *end)  # noqa: B023
+
+            for program in PROGRAMS:
+                pair = 2 if "y1" in program else 1
+                if pair * tile.bm * tile.bn > 128 * 128 or Problem(M, N, K, 8, products=pair).shared(tile) > on.shared:
+                    continue
+                exact = torch.equal(product(tile, one, ""), truth)
+                ours, plain = product(tile, scale_x, program), product(replace(tile, persistent=0), scale_x, program)
+                found.append({"M": M, "N": N, "K": K, "tile": str(tile), "program": program,
+                              "integers exact": exact and torch.equal(ours, plain)})  # fmt: skip
+    return found
+
+
 def check_a16() -> list[dict[str, Any]]:
     """Small integers and powers of two, for which the answer is exact in any order; then ordinary numbers against float64."""
     found = []
@@ -211,11 +243,30 @@ def time_tiles() -> list[dict[str, Any]]:
                     try:
                         times[choice] = tune.microseconds(problem, choice, on)
                     except Exception as error:  # a tile that does not run is a finding too
-                        found.append({"problem": str(problem), "tile": str(choice), "failed": str(error)[:200]})
+                        found.append({"problem": str(problem), "tile": repr(choice), "failed": str(error)[:200]})
                 if times:
                     first, best = next(iter(times)), min(times, key=lambda choice: times[choice])
-                    found.append({"problem": str(problem), "first": str(first), "predicted us": cost(problem, first, on).total,
-                                  "us": times[first], "fastest": str(best), "its us": times[best]})  # fmt: skip
+                    found.append({"problem": str(problem), "first": repr(first), "predicted us": cost(problem, first, on).total,
+                                  "us": times[first], "fastest": repr(best), "its us": times[best]})  # fmt: skip
+    return found
+
+
+def time_persistent() -> list[dict[str, Any]]:
+    """The best plain and the best persistent tile of the model's ranking, of products and pairs with many tiles."""
+    found = []
+    on = launch.device()
+    for N, K in LAYERS.values():
+        for M in (512, 2048, 4096):
+            for products in (1, 2):
+                problem, line = Problem(M, N, K, 8, products=products), {}
+                for name, walks in (("plain", False), ("persistent", True)):
+                    choices = [c for c in launch.ranked(problem, on) if (c.tile.persistent > 0) == walks][:3]
+                    times = {choice: tune.microseconds(problem, choice, on) for choice in choices}
+                    if times:
+                        best = min(times, key=lambda choice: times[choice])
+                        line |= {name: str(best.tile), f"{name} us": times[best],
+                                 f"{name} predicted us": cost(problem, best, on).total}  # fmt: skip
+                found.append({"problem": str(problem), **line})
     return found
 
 
@@ -295,7 +346,8 @@ def time_a16() -> list[dict[str, Any]]:
 
 
 SECTIONS: tuple[Callable[[], list[dict[str, Any]]], ...] = (
-    check_rows, check_a8, check_a16, check_compiled, time_rows, time_a8, time_a16, time_tiles,
+    check_rows, check_a8, check_persistent, check_a16, check_compiled,
+    time_rows, time_a8, time_persistent, time_a16, time_tiles,
 )  # fmt: skip
 
 

@@ -21,8 +21,11 @@ PLAIN = Form(zero_x=True, program=RESIDUAL)
 GATED = Form(products=2, codes=Codes(4), chunk=1, zero_x=True, program=GATE, weight_left=True, even_n=True, even_k=True)
 FLOAT = Form(floats="bf16", codes=Codes(4, 16), chunk=2, sums_x=True, offset=136, weight_left=True, parts=True, **EVEN)
 
+PERSISTENT = Form(products=2, zero_x=True, program=GATE, persistent=True, even_n=True, even_k=True)
+
 GOLDEN = {
     "w8a8_residual": lambda: write(PLAIN),
+    "w8a8_pair_persistent": lambda: write(PERSISTENT),
     "w4a8_gate": lambda: write(GATED),
     "w4a16_parts": lambda: write(FLOAT) + "\n\n" + write_sum(FLOAT),
     "w2a8_one_token": lambda: write_gemv(Form(codes=Codes(2), zero_x=True, tokens=1, even_n=True, even_k=True)),
@@ -37,7 +40,7 @@ def test_a_kernel_reads_as_it_did(name: str) -> None:
     assert file.read_text() == text
 
 
-@pytest.mark.parametrize("form", [PLAIN, GATED, replace(FLOAT, parts=False)], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [PLAIN, PERSISTENT, GATED, replace(FLOAT, parts=False)], ids=lambda form: form.name)
 def test_where_sizes_are_known_to_divide_there_is_no_mask(form: Form) -> None:
     assert "mask" not in write(replace(form, **EVEN))
     for fact in EVEN:

@@ -14,10 +14,11 @@ from fxquant.backend.triton import inspect
 from fxquant.backend.triton.cost import by_groups, instructions, registers
 from fxquant.backend.triton.gpus import COMPILED as DEVICES
 from fxquant.backend.triton.inspect import CASES
-from fxquant.backend.triton.tile import candidates
+from fxquant.backend.triton.tile import Choice, Tile, candidates
 
 QUICK = (
-    "residual + LayerNorm + quantize, 4096", "W8A8, M = 4096, gated pair", "W8A8, M = 16",
+    "residual + LayerNorm + quantize, 4096", "W8A8, M = 4096, gated pair",
+    "W8A8, M = 4096, gated pair, persistent", "W8A8, M = 4096, bias, residual, persistent", "W8A8, M = 16",
     "W4A8 g128, M = 1, dp4a", "W4A8 g128, M = 16", "W3A8 g128, M = 8", "W2A8, M = 16", "W4A16 g128, M = 16", "W8A16, M = 16",
     "W4A16 NF4 g64, M = 16",
 )  # fmt: skip
@@ -66,6 +67,39 @@ def test_a_kernel_compiles_to_what_its_tile_was_chosen_for(case, on):
             assert re.search(r"wgmma\.mma_async[^;]*?\{[^}]*\}, *\n?\s*\{", seen.ptx)
 
 
+LONGER = 64
+"""Instructions that a step of a persistent program may issue beyond a plain one's: it tells first and last steps apart."""
+
+
+@pytest.mark.parametrize("on", DEVICES, ids=lambda on: f"sm_{on.capability}")
+@pytest.mark.parametrize("products", [1, 2])
+def test_a_persistent_program_loads_for_the_next_tile_while_one_ends(products, on):
+    def compiled(**changes):
+        with FakeTensorMode():
+            asked, *_ = inspect.launches(run, on, lambda problem, on: Choice(replace(tile, **changes)))
+        return asked, inspect.compile_for(asked, on.capability)
+
+    def drained(seen):
+        """Whether all that was asked for has come before the result is stored."""
+        return seen.ptx.rindex("cp.async.wait_group \t0;") < seen.ptx.rindex("st.global")
+
+    run = inspect.a8_case(4096, program=PROGRAMS[products], products=products)
+    tile = Tile(128, 64, 128, 8, 4, persistent=1)
+    asked, walking = compiled()
+    _, plain = compiled(persistent=0)
+    assert asked.grid == (on.processors, 1)
+    assert drained(plain) and not drained(walking)
+    assert sum(walking.loop.values()) <= sum(plain.loop.values()) + LONGER
+    products_of = [
+        {op: n for op, n in seen.loop.items() if inspect.PRODUCT.match(op.split(".")[0])} for seen in (walking, plain)
+    ]
+    assert products_of[0] == products_of[1] != {}
+    run = inspect.a8_case(4096, program=PROGRAMS[products], products=products, dtype=torch.float32)  # the largest end
+    asked, walking = compiled(stages=2 if on.capability == 89 else 3)  # that fit
+    assert walking.stack == 0 and walking.spills == 0
+    assert walking.shared <= asked.problem.shared(asked.choice.tile) <= on.shared
+
+
 FAMILIES = {
     "W8A8": lambda M, products: inspect.a8_case(M, program=PROGRAMS[products], products=products),
     "W4A8 g128": lambda M, products: inspect.a8_case(M, 4, 128, PROGRAMS[products], products),
@@ -94,7 +128,8 @@ def test_no_tile_that_may_be_chosen_spills_or_is_too_large(family, on, products)
     for M in (1, 16, 64, 4096):
         choices, _ = compiled(M, 0)
         for index, (tile, parts) in enumerate(choices):
-            same = (replace(tile, stages=0), parts > 1)  # stages come with the most first, and cost no registers
+            # Stages come with the most first, and cost no registers; nor does the number of persistent programs.
+            same = (replace(tile, stages=0, persistent=min(tile.persistent, 1)), parts > 1)
             if parts > 2 or same in done:
                 continue
             done.add(same)
@@ -116,10 +151,15 @@ class Driver:
         return 0
 
 
-def test_inductor_is_shown_the_kernels_and_what_they_write(monkeypatch):
+@pytest.mark.parametrize(
+    ("T", "N", "launched"),
+    [(8, 96, ["w8a8_part", "sum_of_w8a8_part", "w4a16_part", "sum_of_w4a16_part"]), (4096, 4096, ["w8a8_persistent", "w4a16"])],
+)  # products of few outputs split K, and have a sum each
+def test_inductor_is_shown_the_kernels_and_what_they_write(T, N, launched, monkeypatch):
     import triton
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._guards import TracingContext, tracing
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def block(x, weight, q_w, scale_w, sums, packed, scale):
@@ -138,17 +178,19 @@ def test_inductor_is_shown_the_kernels_and_what_they_write(monkeypatch):
     with FakeTensorMode() as fake:
         bf16 = dict(device="cuda", dtype=torch.bfloat16)
         inputs = (
-            torch.empty(8, 4096, **bf16), torch.empty(4096, **bf16),
-            torch.empty(96, 4096, device="cuda", dtype=torch.int8), torch.empty(96, device="cuda"),
-            torch.empty(96, device="cuda", dtype=torch.int32),
-            torch.empty(96, 1024, device="cuda", dtype=torch.int16), torch.empty(32, 96, device="cuda"),
+            torch.empty(T, 4096, **bf16), torch.empty(4096, **bf16),
+            torch.empty(N, 4096, device="cuda", dtype=torch.int8), torch.empty(N, device="cuda"),
+            torch.empty(N, device="cuda", dtype=torch.int32),
+            torch.empty(N, 1024, device="cuda", dtype=torch.int16), torch.empty(32, N, device="cuda"),
         )  # fmt: skip
         gm = make_fx(block, tracing_mode="fake")(*inputs)
     with tracing(TracingContext(fake)):
         aot_module_simplified(gm, inputs, fw_compiler=compiler, inference_compiler=compiler)
     wrapped = [n for n in graphs[0].graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+    kernels = [kernel_side_table.get_kernel(n.kwargs["kernel_idx"]) for n in wrapped]
+    assert [kernel.fn.__name__ for kernel in kernels] == ["row_kernel", *launched]
     assert [n.kwargs["tensors_to_clone"] for n in wrapped] == [
-        ["q", "scale", "zero_point", "total"], *[["out"]] * 4,  # products of so few outputs split K, and have a sum each
+        ["q", "scale", "zero_point", "total"], *[["out"]] * len(launched),
     ]  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxquant.backend.triton import launch, tables
-from fxquant.backend.triton.cost import cost, least
+from fxquant.backend.triton.cost import ASKED_BEFORE, LATENCY, cost, least
 from fxquant.backend.triton.gpus import A100, H200, KNOWN, L40S, RTX4090, described
-from fxquant.backend.triton.tile import BUCKETS, MAX_PARTS, MOST, Choice, Problem, Tile, bucket, candidates
+from fxquant.backend.triton.tile import BUCKETS, LONG, MAX_PARTS, MOST, Choice, Problem, Tile, bucket, candidates
 
 W4A8 = Problem(16, 4096, 4096, 4, width=128, group_size=128)
 FORMS = (
@@ -47,7 +47,7 @@ def test_every_product_has_a_tile_that_fits_and_no_other(problem, on):
     ranked = launch.ranked(problem, on)
     assert ranked and len(set(ranked)) == len(ranked)
     for tile, parts in ranked:
-        assert tile.stages * problem.shared(tile) <= on.shared
+        assert problem.shared(tile) <= on.shared
         assert parts & (parts - 1) == 0 and parts <= MAX_PARTS
         assert parts == 1 or 2 * parts <= -(-problem.K // problem.block(tile))
 
@@ -84,6 +84,34 @@ def test_a_faster_memory_makes_a_decode_faster_and_faster_products_a_prefill():
     )
     assert time(prefill, slower["products"]) > 2 * time(prefill, H200)
     assert time(prefill, slower["memory"]) < 1.1 * time(prefill, H200)
+
+
+@given(problems(), st.sampled_from(KNOWN))
+def test_persistent_programs_are_for_many_tiles_of_int8_products_and_never_where_they_are_predicted_to_be_slower(problem, on):
+    ranked = launch.ranked(problem, on)
+    for choice in (c for c in ranked if c.tile.persistent):
+        tile = choice.tile
+        assert problem.codes is None and not problem.floats and problem.tokens >= LONG and choice.parts == 1
+        tiles, programs = -(-problem.tokens // tile.bm) * -(-problem.N // tile.bn), tile.persistent * on.processors
+        assert tiles >= 2 * programs
+        assert tile.persistent * problem.shared(tile) <= on.shared_all
+        alone = Choice(replace(tile, persistent=0))
+        assert alone in ranked  # a plain one beside each
+        if choice == ranked[0]:
+            assert cost(problem, choice, on).total <= cost(problem, alone, on).total
+
+
+def test_what_persistent_programs_save_is_the_wait_at_the_beginning_of_all_tiles_but_the_first():
+    problem, tile = Problem(MOST, 4096, 4096, 8), Tile(128, 128, 128, 8, 4)
+    each, walking = (cost(problem, Choice(replace(tile, persistent=n)), H200) for n in (0, 1))
+    tiles = -(-32 * 32 // H200.processors)  # of the processor that has most
+    assert each.start == pytest.approx(LATENCY * tiles)
+    assert walking.start == pytest.approx(LATENCY * (1 + (tiles - 1) * (1 - ASKED_BEFORE)))
+    assert (walking.memory, walking.cache, walking.product) == (each.memory, each.cache, each.product)
+    assert walking.issue > each.issue and walking.registers > each.registers
+    assert walking.total < each.total and launch.ranked(problem, H200)[0].tile == replace(tile, persistent=1)
+    few = replace(problem, N=256)  # 64 tiles for 132 processors
+    assert not any(c.tile.persistent for c in candidates(few, H200))
 
 
 def test_one_token_is_multiplied_by_dp4a_where_rows_are_whole_words():
@@ -143,6 +171,22 @@ def test_what_was_timed_goes_before_the_model(folder):
     assert launch.choose(W4A8, H200) == slowest()
     assert launch.choose(replace(W4A8, N=4097), H200) == launch.ranked(replace(W4A8, N=4097), H200)[0]
     assert launch.choose(W4A8, L40S) == launch.ranked(W4A8, L40S)[0]  # another GPU
+
+
+def test_a_table_names_persistent_tiles_and_one_from_before_them_means_plain_ones(folder):
+    problem = Problem(MOST, 4096, 4096, 8)
+    persistent = Choice(Tile(128, 64, 128, 8, 3, persistent=2))
+    path = tables.keep({problem: (persistent, 100.0)}, H200)
+    found = json.loads(path.read_text())
+    assert found["choices"][str(problem)]["tile"]["persistent"] == 2
+    assert launch.choose(problem, H200) == persistent
+    del found["choices"][str(problem)]["tile"]["persistent"]
+    path.write_text(json.dumps(found))
+    assert launch.choose(problem, H200) == Choice(replace(persistent.tile, persistent=0))
+    found["choices"][str(problem)]["tile"]["persistent"] = 3
+    path.write_text(json.dumps(found))
+    with pytest.warns(UserWarning, match="no tile that the kernel may run with"):
+        assert launch.choose(problem, H200) == launch.ranked(problem, H200)[0]
 
 
 def test_what_is_added_leaves_what_was_there_and_replaces_the_same(folder):

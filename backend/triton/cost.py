@@ -18,8 +18,10 @@ from .tile import Choice, Problem, Tile
 
 # What no data sheet tells, and we assume: microseconds from asking memory to its answer, bytes that the L2 cache gives a
 # processor in a clock, microseconds from one kernel to the next in a CUDA graph, the share of their peaks that memory and
-# products reach at best, in which clock a warp that is alone issues its next instruction.
-LATENCY, CACHE_BYTES, NEXT_KERNEL, REACHED, ALONE = 0.8, 36, 1.5, 0.85, 2.5
+# products reach at best, in which clock a warp that is alone issues its next instruction, the share of that first answer that
+# a persistent program does not wait for, because it asked while the tile before ended. The last wave is as long for it as it
+# is for others: tiles are dealt out beforehand.
+LATENCY, CACHE_BYTES, NEXT_KERNEL, REACHED, ALONE, ASKED_BEFORE = 0.8, 36, 1.5, 0.85, 2.5, 0.5
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,12 @@ def instructions(problem: Problem, tile: Tile, on: Device) -> float:
         groups = tall * step.block / (64 * depth) / (tile.warps / 4)
         products, fragments = (4 if codes else 7) * groups, 0.0
         loads -= 0 if codes else step.word_registers / 4
-    return unpack + products + loads + fragments + scaling + 55 + 15 * step.chunks
+    around = 55
+    if not codes and tile.stages == 2 and on.capability < 90:
+        around -= 25  # one stage is loaded ahead, and no place in a ring of them is counted
+    elif tile.persistent and tile.stages > 2 and on.capability >= 90:
+        around += 35  # whether the loads begin another tile
+    return unpack + products + loads + fragments + scaling + around + 15 * step.chunks
 
 
 def by_groups(tile: Tile, on: Device) -> bool:
@@ -117,7 +124,7 @@ def registers(problem: Problem, tile: Tile, on: Device) -> int:
         return int(24 + 2 * step.sums + step.word_registers)
     sums = step.sums * (1 + (step.chunks > 0) + problem.floats)
     words = step.word_registers if problem.codes else 8 if by_groups(tile, on) else 24
-    return int(1.35 * (30 + sums + words))
+    return int(1.35 * (30 + sums + words + (25 if tile.persistent else 0)))
 
 
 @lru_cache(4096)
@@ -125,7 +132,7 @@ def cost(problem: Problem, choice: Choice, on: Device) -> Cost:
     """What ``problem`` costs on the device ``on`` with ``choice``."""
     (tile, parts), M, N, K = choice, problem.tokens, problem.N, problem.K
     used = registers(problem, tile, on)
-    threads, shared = 32 * tile.warps, tile.stages * problem.shared(tile)
+    threads, shared = 32 * tile.warps, problem.shared(tile)
     by_registers = 65536 // (-(-used // 8) * 8 * threads)
     by_shared = on.shared_all // (shared + 1024) if shared else 32
     resident = max(1, min(by_registers, by_shared, on.warps // tile.warps, 32))
@@ -133,7 +140,8 @@ def cost(problem: Problem, choice: Choice, on: Device) -> Cost:
     rows, columns = ceil_div(M, tile.bm), ceil_div(N, tile.bn)
     programs, block = rows * columns * parts, problem.block(tile)
     steps, busiest = ceil_div(ceil_div(K, block), parts), ceil_div(programs, on.processors)  # of the processor that has most
-    at_once = min(busiest, resident)
+    started = tile.persistent or busiest  # programs of a processor
+    at_once = min(busiest, started, resident)
     cycles = busiest * steps / (on.clock * 1e3)  # times clocks of a step: microseconds
 
     per_scheduler = at_once * tile.warps / 4
@@ -158,7 +166,8 @@ def cost(problem: Problem, choice: Choice, on: Device) -> Cost:
         / min(port, waiting / LATENCY)
     )
     cache += partial / port / on.processors
-    start = LATENCY * ceil_div(busiest, resident) + (NEXT_KERNEL + LATENCY if parts > 1 else 0)
+    waits, more = ceil_div(started, resident), ceil_div(busiest, at_once)
+    start = LATENCY * (waits + (1 - ASKED_BEFORE) * (more - waits)) + (NEXT_KERNEL + LATENCY if parts > 1 else 0)
     return Cost(memory, cache, issue, product, start, used, resident)
 
 

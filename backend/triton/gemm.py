@@ -244,7 +244,8 @@ def _launch(
     width = width if form.codes else tile.bk
     block = width * (form.codes.slices if form.codes else 1)
     even_m = isinstance(M, int) and M % tile.bm == 0  # a symbolic M is not looked at
-    form = replace(form, parts=count > 1, interpreted=INTERPRETED)
+    require(count == 1 or not tile.persistent, f"K is split in {count} parts, and persistent programs take whole tiles")
+    form = replace(form, parts=count > 1, persistent=tile.persistent > 0, interpreted=INTERPRETED)
     form = replace(form, even_m=even_m, even_n=N % tile.bn == 0, even_k=K % block == 0)
     out = x.new_empty((M, N), dtype=dtype)
     values = values | {"x": x, "M": M, "N": N, "K": K, "stride_x": x.stride(0), "stride_w": weights[0].stride(0)}
@@ -255,7 +256,8 @@ def _launch(
         values[name] = rows(operand) if kind_of(name) == "full" else operand.contiguous()
         values[f"stride_{name}"] = values[name].stride(0) if kind_of(name) == "full" else 0
     end = {"out": out, "stride_out": out.stride(0)}
-    grid = (ceil_div(M, tile.bm) * ceil_div(N, tile.bn), count)
+    persistent = launch.device(x.device.index).processors * tile.persistent  # however few tiles: a symbolic M is not looked at
+    grid = (persistent or ceil_div(M, tile.bm) * ceil_div(N, tile.bn), count)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     constants = {"PARTS": count, "BM": tile.bm, "BN": tile.bn, "WIDTH": width, "BAND": 8}
     if form.tokens:

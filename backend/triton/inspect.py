@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,13 +72,37 @@ class Inspection:
 
     @cached_property
     def loop(self) -> Counter[str]:
-        """The opcodes of the shortest loop that holds an instruction of a product; empty if there is none."""
+        """The opcodes of one step of the shortest loop that holds an instruction of a product; empty if there is none.
+
+        The shortest way through it: what only the first or the last step of a persistent tile does is left out.
+        """
         bodies = []
         for start, end in self._loops():
-            body = Counter(opcode for address, opcode, _ in self.instructions if start <= address <= end)
-            if any(PRODUCT.match(opcode.split(".")[0]) for opcode in body):
-                bodies.append(body)
-        return min(bodies, key=lambda body: body.total(), default=Counter())
+            inside = {opcode.split(".")[0] for address, opcode, _ in self.instructions if start <= address <= end}
+            if any(map(PRODUCT.match, inside)):
+                bodies.append((start, end))
+        shortest = min(bodies, key=lambda body: body[1] - body[0], default=None)
+        return Counter(self._way(*shortest)) if shortest else Counter()
+
+    def _way(self, start: int, end: int) -> Iterator[str]:
+        """The opcodes on the shortest way from one address to another, which may lead by what stands elsewhere."""
+        labels, always = dict(_label_addresses(self.sass)), set(_always(self.sass))
+        all_of_them = {address: (opcode, rest) for address, opcode, rest in self.instructions}
+        following = dict(zip(all_of_them, [*list(all_of_them)[1:], None], strict=True))
+        before: dict[int, int | None] = {start: None}
+        queue = deque([start])
+        while end not in before:
+            address = queue.popleft()
+            opcode, rest = all_of_them[address]
+            target = re.search(r"`\((\.L\S+?)\)", rest) if opcode.split(".")[0] == "BRA" else None
+            for there in ((None if address in always else following[address]), labels[target[1]] if target else None):
+                if there is not None and there not in before:
+                    before[there] = address
+                    queue.append(there)
+        at: int | None = end
+        while at is not None:
+            yield all_of_them[at][0]
+            at = before[at]
 
     def _loops(self) -> Iterator[tuple[int, int]]:
         labels = dict(_label_addresses(self.sass))
@@ -102,6 +126,12 @@ class Inspection:
             elif PRODUCT.match(family):
                 weights += n * (16 if "I" in family else 8) / (1 if "G" in family else max(tokens, 8) / 8)
         return self.loop.total() / weights
+
+
+def _always(sass: str) -> Iterator[int]:
+    """The addresses of branches that are always taken: no predicate, and no ``BRA.U UP0`` or ``BRA.DIV``."""
+    for address in re.findall(r"/\*([0-9a-f]{4,})\*/\s+BRA\s+`\(", sass):
+        yield int(address, 16)
 
 
 def _label_addresses(sass: str) -> Iterator[tuple[str, int]]:
@@ -160,18 +190,21 @@ def _tool(name: str, *arguments: str) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: an op on fake tensors; ``tokens`` on the narrow side of a weight-only product; dp4a or not."""
+    """One line of the table: an op on fake tensors; ``tokens`` on the narrow side of a weight-only product; which kernels."""
 
     name: str
     run: Callable[[], object]
     tokens: int | None = None
     dp4a: bool = False
+    persistent: bool = False
 
     def asked(self, on: Device) -> list[Launch]:
-        """Its launches on ``on`` with the tile that the model of the cost ranks first, of those with dp4a or of the others."""
+        """Its launches on ``on`` with the tile that the model of the cost ranks first, of those of its kind."""
+        kind = self.dp4a, self.persistent
 
         def choose(problem: Problem, on: Device) -> Choice:
-            return next(c for c in launch.ranked(problem, on) if (c.tile.bm in TOKENS) == self.dp4a)
+            found = launch.ranked(problem, on)
+            return next(c for c in found if (c.tile.bm in TOKENS, c.tile.persistent > 0) == kind)
 
         with FakeTensorMode():
             return launches(self.run, on, choose)
@@ -268,6 +301,11 @@ CASES = (
     Case("W8A8, M = 4096, bias, residual", a8_case(4096, program=RESIDUAL)),
     Case("W8A8, M = 4096, gated pair", a8_case(4096, program=GATED, products=2)),
     Case("W8A8, M = 4096, tanh GELU, int8 codes out", a8_case(4096, program=CODES, dtype=torch.int8)),
+    Case("W8A8, M = 4096, bias, erf GELU, residual, persistent", a8_case(4096, program=ERF), persistent=True),
+    Case("W8A8, M = 4096, bias, residual, persistent", a8_case(4096, program=RESIDUAL), persistent=True),
+    Case("W8A8, M = 4096, gated pair, persistent", a8_case(4096, program=GATED, products=2), persistent=True),
+    Case("W8A8, M = 4096, tanh GELU, int8 codes out, persistent", a8_case(4096, program=CODES, dtype=torch.int8),
+         persistent=True),
     Case("W8A8, M = 64, gated pair", a8_case(64, program=GATED, products=2)),
     Case("W8A8, M = 16", a8_case(16)),
     Case("W8A8, M = 1, dp4a", a8_case(1), 1, dp4a=True),

@@ -60,8 +60,5 @@ def launches(run: Callable[[], object], on: Device | None = None, choose: Choose
 
 
 def tile_of(asked: Launch) -> str:
-    """``16 x 64, K in 4``: the tile of a product and the parts of K."""
-    if asked.choice is None:
-        return ""
-    tile, parts = asked.choice
-    return f"{tile.bm} x {tile.bn}" + (f", K in {parts}" if parts > 1 else "")
+    """The tile of a product; nothing for other kernels."""
+    return "" if asked.choice is None else str(asked.choice)

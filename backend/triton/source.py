@@ -40,6 +40,7 @@ class Form:
     program: str = ""
     weight_left: bool = False
     parts: bool = False  # K is split: what is stored are partial sums
+    persistent: bool = False  # a program takes one tile after the other; K is not split
     even_m: bool = False
     even_n: bool = False
     even_k: bool = False
@@ -51,7 +52,7 @@ class Form:
         """A name for people, which profilers show."""
         bits = self.codes.bits if self.codes else 8
         book = "book_" if self.codes and self.codes.codebook else ""
-        ends = ("_pair" if self.products == 2 else "") + ("_part" if self.parts else "")
+        ends = ("_pair" if self.products == 2 else "") + ("_part" if self.parts else "") + "_persistent" * self.persistent
         return f"{book}w{bits}a{16 if self.floats else 8}{ends}"
 
     @property
@@ -67,8 +68,9 @@ class Form:
 
 
 def write(form: Form) -> str:
-    """The kernel: one tile of the result, or of one part of the sum."""
+    """The kernel: one tile of the result, or of one part of the sum; a persistent one takes whole tiles, in the same order."""
     P, left = range(form.products), form.weight_left
+    tile = "tile" if form.persistent else "tl.program_id(0)"
     shape = "(BN, BM)" if left else "(BM, BN)"
     names = ["x", *(f"w{i}" for i in P)]
     if not form.floats and not form.parts:
@@ -81,30 +83,43 @@ def write(form: Form) -> str:
     sizes = ["M", "N", "K", "stride_x", "stride_w"]
     sizes += [*(["chunks"] if form.sums_x else []), *(["groups"] if form.chunk else [])]
     sizes += [f"stride_{name}" for name in operands if kind_of(name) == "full"] + ([] if form.parts else ["stride_out"])
-    body = [
-        "# Programs walk down bands of BAND tiles of rows, so that neighbours in time share weight tiles in the L2 cache.",
+    block = "WIDTH" if form.codes is None else f"{form.codes.slices} * WIDTH"
+    walk = [
+        "# The order of tiles is down bands of BAND tiles of rows: neighbours in time share weight tiles in the L2 cache.",
         "tiles_n = tl.cdiv(N, BN)",
-        "band = tl.program_id(0) // (BAND * tiles_n)",
+        f"steps = tl.cdiv(K, {block})",
+    ]
+    share: list[str] = []
+    stepping = "for step in range(0, steps):"
+    if form.persistent:
+        walk += [
+            "# One loop of all steps of all tiles (flatten): what a tile begins with is loaded while the one before it ends.",
+            "for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tiles_n, tl.num_programs(0), flatten=True):",
+        ]
+    else:
+        share = ["share = tl.cdiv(steps, PARTS)", "first = tl.program_id(1) * share"]
+        stepping = "for step in range(first, tl.minimum(first + share, steps)):"
+    body = [
+        f"band = {tile} // (BAND * tiles_n)",
         "height = tl.minimum(tl.cdiv(M, BM) - band * BAND, BAND)",
-        "m = (band * BAND + (tl.program_id(0) % (BAND * tiles_n)) % height) * BM + tl.arange(0, BM)",
-        "n = ((tl.program_id(0) % (BAND * tiles_n)) // height) * BN + tl.arange(0, BN)",
+        f"m = (band * BAND + ({tile} % (BAND * tiles_n)) % height) * BM + tl.arange(0, BM)",
+        f"n = (({tile} % (BAND * tiles_n)) // height) * BN + tl.arange(0, BN)",
         "k = tl.arange(0, WIDTH)",
         *edges(form),
         "x_rows = x + m_in.to(tl.int64)[:, None] * stride_x + k[None, :]",
         *(f"w{i}_rows = w{i} + n_in.to(tl.int64)[:, None] * stride_w + k[None, :]" for i in P),
-        f"steps = tl.cdiv(K, {'WIDTH' if form.codes is None else f'{form.codes.slices} * WIDTH'})",
-        "share = tl.cdiv(steps, PARTS)",
-        "first = tl.program_id(1) * share",
+        *share,
         *(f"acc{i} = tl.zeros({shape}, dtype=tl.{'int32' if form.integer else 'float32'})" for i in P),
     ]
-    if form.codes is None:
+    if form.codes is None and share:
         body += [f"{name} += first * WIDTH" for name in ("x_rows", *(f"w{i}_rows" for i in P))]
-    body += ["for step in range(first, tl.minimum(first + share, steps)):"]
+    body += [stepping]
     body += ["    " + line for line in (plain(form) if form.codes is None else unpacked(form, form.codes))]
     if left:
         body += [f"acc{i} = tl.trans(acc{i})" for i in P]
     body += stored_parts(form) if form.parts else ending(form)
-    return function(form.name, names, sizes, ["PARTS", "BM", "BN", "WIDTH", "BAND"], body)
+    body = walk + ([f"    {line}" for line in body] if form.persistent else body)
+    return function(form.name, names, sizes, [*(["PARTS"] if share else []), "BM", "BN", "WIDTH", "BAND"], body)
 
 
 def write_sum(form: Form) -> str:
@@ -280,9 +295,10 @@ def ending(form: Form) -> Iterator[str]:
             less = f" - zero.to(tl.float32) * tl.load(sum_w{i} + n{columns})[None, :]" if form.zero_x else ""
             yield f"y{i} = (acc{i} * {0.5**shift!r}{less}) * left"
     program = Program.parse(form.program)
-    for name in program.operands:
-        yield f"{name} = {_operand(form, name, columns, rows)}.to(tl.float32)"
-    yield from program.printed()
+    tiles = {name: f"{name}_tile" for name in program.operands}  # a pointer keeps its name for the next tile
+    for name, tile in tiles.items():
+        yield f"{tile} = {_operand(form, name, columns, rows)}.to(tl.float32)"
+    yield from program.renamed(tiles).printed()
     yield "there = out + m.to(tl.int64)[:, None] * stride_out + n[None, :]"
     yield f"tl.store(there, {program.result}.to(out.dtype.element_ty){_mask(form)})"
 

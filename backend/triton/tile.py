@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .codes import Codes
@@ -17,7 +17,8 @@ class Tile:
     """One program's share of an [M, N] result, and how the compiler is asked to build it.
 
     ``weight_left``: the product is computed transposed, weight times activations, so that the weight's rows fill the tall side
-    of the tensor core instruction and few tokens its narrow side.
+    of the tensor core instruction and few tokens its narrow side. ``persistent``: so many programs for each processor, which
+    take one tile after the other; 0 is a program for each tile.
     """
 
     bm: int
@@ -26,6 +27,7 @@ class Tile:
     warps: int
     stages: int
     weight_left: bool = False
+    persistent: int = 0
 
 
 class Choice(NamedTuple):
@@ -33,6 +35,12 @@ class Choice(NamedTuple):
 
     tile: Tile
     parts: int = 1
+
+    def __str__(self) -> str:
+        """``16 x 64, K in 4``; ``128 x 128, persistent``; ``128 x 64, 2 persistent`` on each processor."""
+        n = self.tile.persistent
+        walks = f", {n} persistent" if n > 1 else ", persistent" if n else ""
+        return f"{self.tile.bm} x {self.tile.bn}{walks}" + (f", K in {self.parts}" if self.parts > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,16 @@ class Problem:
         return self.codes.slices * self.width if self.codes else tile.bk
 
     def shared(self, tile: Tile) -> int:
-        """Bytes of shared memory of one stage; the compiler does not check that they fit."""
+        """Bytes of shared memory of a program; the compiler does not check that they fit."""
         if tile.bm in TOKENS:
             return 0
+        # What a tile ends with goes through shared memory, up to 4 bytes a number, and the next one's stages are there already.
+        end = 4 * tile.bm * tile.bn if tile.persistent else 0
         if self.codes is None:
-            return (tile.bm + self.products * tile.bn) * tile.bk
+            return tile.stages * (tile.bm + self.products * tile.bn) * tile.bk + end
         size = 2 if self.floats else 1
-        return (self.products * self.codes.words * tile.bn + self.codes.slices * tile.bm) * self.width * size
+        rows = self.products * self.codes.words * tile.bn + self.codes.slices * tile.bm
+        return tile.stages * rows * self.width * size + end
 
     def __str__(self) -> str:
         kind = f"W{self.bits}A{16 if self.floats else 8}{' shifted' * self.shifted}{' codebook' * self.codebook}"
@@ -107,6 +118,8 @@ EIGHT_BIT = (
     *(Tile(bm, bn, 128, 4, stages) for bm in (32, 64) for bn in (64, 128) for stages in (4, 3)),
     *(Tile(bm, bn, 128, 8, stages) for bm, bn in ((64, 128), (128, 64), (128, 128)) for stages in (4, 3, 2)),
 )
+PERSISTENT = tuple(replace(tile, persistent=n) for n in (1, 2) for tile in EIGHT_BIT if tile.warps == 8)
+LONG = 512  # tokens from which there are persistent tiles, where each program has two at least
 # bk is the slice width of the packed weight, which the packer chose.
 FEW_BITS = (
     *(Tile(bm, bn, 0, 4, stages, weight_left=True) for bm in (8, 16) for bn in (64, 128) for stages in (4, 3, 2)),
@@ -128,6 +141,12 @@ def gemv_tile(problem: Problem) -> Tile:
     return Tile(problem.tokens, 8192 // width // 4, width, 4, 3)
 
 
+def _walks(problem: Problem, tile: Tile, on: Device) -> bool:
+    """Whether a processor holds all programs of a persistent tile at a time, and each has two tiles at least."""
+    fits = tile.persistent * (problem.shared(tile) + 1024) <= on.shared_all
+    return fits and 2 * on.processors * tile.persistent <= ceil_div(problem.tokens, tile.bm) * ceil_div(problem.N, tile.bn)
+
+
 def candidates(problem: Problem, on: Device) -> Iterator[Choice]:
     """What ``problem`` may run with on the device ``on``: what fits its shared memory, and is not far too large for it."""
     if problem.tokens in TOKENS and problem.words and not problem.floats:
@@ -137,14 +156,16 @@ def candidates(problem: Problem, on: Device) -> Iterator[Choice]:
     if problem.floats:
         tiles: tuple[Tile, ...] = FLOATS + (FLOATS_HOPPER if on.capability >= 90 else ())
     else:
-        tiles = FEW_BITS if problem.width else EIGHT_BIT
+        tiles = FEW_BITS if problem.width else EIGHT_BIT + (PERSISTENT if problem.tokens >= LONG else ())
     least = min(tile.bm for tile in tiles)
     for tile in tiles:
         # Before Hopper, warps beyond one for each 16 rows of packed weights hold the same ones again: half the sums.
         twice = on.capability < 90 and problem.width and tile.warps > tile.bn // 16
         if problem.products * tile.bm * tile.bn > (most // 2 if twice else most) * 32 * tile.warps:
             continue
-        if tile.bm >= 2 * max(problem.tokens, least) or tile.stages * problem.shared(tile) > on.shared:
+        if tile.bm >= 2 * max(problem.tokens, least) or problem.shared(tile) > on.shared:
+            continue
+        if tile.persistent and not _walks(problem, tile, on):
             continue
         yield Choice(tile)
         parts, steps = 2, ceil_div(problem.K, problem.block(tile))

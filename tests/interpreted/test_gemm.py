@@ -1,18 +1,23 @@
 """Every product that the generator writes against exact integers: each width of code, split, tile, edge, pair and program."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.backend.triton import gemm
+from fxquant.backend.triton import gemm, launch
 from fxquant.backend.triton.codes import Codes
+from fxquant.backend.triton.gpus import H200
 from fxquant.backend.triton.language import KernelError
 from fxquant.backend.triton.program import OPS, Program
 from fxquant.backend.triton.refuse import MAX_K, fits
 from fxquant.backend.triton.tile import Tile
 
-TILES = (Tile(16, 32, 32, 4, 2), Tile(32, 16, 64, 4, 2), Tile(16, 32, 64, 4, 2, weight_left=True))
+PLAIN = (Tile(16, 32, 32, 4, 2), Tile(32, 16, 64, 4, 2), Tile(16, 32, 64, 4, 2, weight_left=True))
+TILES = (*PLAIN, *(replace(tile, persistent=n) for tile, n in zip(PLAIN, (1, 2, 1), strict=True)))
 SHAPES = st.tuples(st.integers(0, 20), st.sampled_from([1, 16, 31, 32, 40, 64]), st.integers(1, 150))
 EXACT = "t0 = add(y0, column0); t1 = maximum(t0, 0.0); t2 = mul(t1, row1); t3 = sub(full2, t2); t4 = mul(t3, scalar3)"
 GATED = "t0 = relu(y0); t1 = mul(t0, y1); t2 = add(t1, full0)"
@@ -24,6 +29,15 @@ def seeded(seed: int) -> torch.Generator:
 
 def integers(low: int, high: int, *shape: int, seed: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
     return torch.randint(low, high, shape, generator=seeded(seed)).to(dtype)
+
+
+def on_processors(count: int, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What ``run`` gives where persistent programs find so many processors."""
+    token = launch.asked.set((replace(H200, processors=count), launch.chosen))
+    try:
+        return run()
+    finally:
+        launch.asked.reset(token)
 
 
 def operands(M: int, N: int, seed: int) -> list[torch.Tensor]:
@@ -60,19 +74,26 @@ def packed(bits: int, width: int, group: int, N: int, K: int, seed: int) -> tupl
     return [words, scale, (sums * scale).sum(0)], codes
 
 
-@given(eight_bit(), st.sampled_from(TILES), st.sampled_from([1, 2, 5]), st.sampled_from([1, 2]), st.booleans())
-def test_products_of_integers_are_exact(case, tile, parts, products, ends):
+@given(
+    eight_bit(), st.sampled_from(TILES), st.sampled_from([1, 2, 5]), st.sampled_from([1, 2]), st.booleans(),
+    st.sampled_from([1, 3, 8]),
+)  # fmt: skip
+def test_products_of_integers_are_exact(case, tile, parts, products, ends, processors):
     (M, N, K), bits, width, group, q, scale_x, zero_x, seed = case
     if bits < 8:
-        tile = Tile(16, 32, 0, 4, 2, weight_left=True)
+        tile = Tile(16, 32, 0, 4, 2, weight_left=True, persistent=tile.persistent)
+    parts = 1 if tile.persistent else parts
     made = [packed(bits, width, group, N, K, seed + 10 * i) for i in range(products)]
     weights, plain = [t for w, _ in made for t in w], [(codes, w[1]) for w, codes in made]
     all_of_them = operands(M, N, seed)
     program, inputs = (GATED, all_of_them[2:3]) if products == 2 else (EXACT, all_of_them) if ends else ("", [])
-    ours = gemm.launch_a8(q, scale_x, zero_x, weights, inputs, program, bits, group, width, torch.float32, tile, parts)
+    args = (q, scale_x, zero_x, weights, inputs, program, bits, group, width, torch.float32)
+    ours = on_processors(processors, lambda: gemm.launch_a8(*args, tile, parts))
     truth = gemm.reference_a8(q, scale_x, zero_x, plain, group, program, inputs, torch.float32)
     # Sums are integers times powers of two; the product of two of them is not, and is rounded once on either side.
     torch.testing.assert_close(ours, truth, rtol=2e-6 if products == 2 else 0, atol=0)
+    if tile.persistent:
+        assert torch.equal(ours, gemm.launch_a8(*args, replace(tile, persistent=0), 1))
 
 
 @given(eight_bit(), st.sampled_from([1, 2]), st.sampled_from([1, 2]))
@@ -142,30 +163,33 @@ def test_products_of_a_codebook_are_those_of_its_entries(shape, form, parts, pro
     assert torch.equal(ours, named)
 
 
+@pytest.mark.parametrize("persistent", [0, 1], ids=["plain", "persistent"])
 @pytest.mark.parametrize("op", OPS)
-def test_every_op_of_a_program_is_its_torch_meaning(op):
+def test_every_op_of_a_program_is_its_torch_meaning(op, persistent):
     q, w = torch.eye(16, dtype=torch.int8), torch.arange(-128, 128, dtype=torch.int8).view(16, 16).T.contiguous()
     arguments = ["y0", "scalar0"][: len([c for c in ("{0}", "{1}") if c in OPS[op].triton])]
     program = f"t0 = {op}({', '.join(arguments)})"
     for scale in (0.5, 1 / 16, 2.0**-9, 1e-3):
         args = (q, torch.tensor(scale), None)
         weights = [w, torch.ones(16), torch.zeros(16, dtype=torch.int32)]
-        tile = Tile(16, 16, 16, 4, 2)
+        tile = Tile(16, 16, 16, 4, 2, persistent=persistent)
         inputs = [torch.tensor(0.75)]
-        ours = gemm.launch_a8(*args, weights, inputs, program, 8, gemm.ONE_GROUP, 16, torch.float32, tile, 1)
+        end = (weights, inputs, program, 8, gemm.ONE_GROUP, 16, torch.float32, tile, 1)
+        ours = on_processors(1, lambda: gemm.launch_a8(*args, *end))  # noqa: B023
         truth = gemm.reference_a8(*args, [(w, weights[1])], gemm.ONE_GROUP, program, inputs, torch.float32)
         torch.testing.assert_close(ours, truth, rtol=2e-6, atol=2e-7 * max(1.0, 128 * scale), equal_nan=True)
 
 
-@given(eight_bit(), st.booleans())
-def test_a_result_that_is_rounded_to_codes_is_so_to_the_last_bit(case, symmetric):
+@given(eight_bit(), st.booleans(), st.sampled_from([0, 1]))
+def test_a_result_that_is_rounded_to_codes_is_so_to_the_last_bit(case, symmetric, persistent):
     (_, N, K), bits, width, group, q, scale_x, zero_x, seed = case
     weights, codes = packed(bits, width, group, N, K, seed)
     step, zero, low = torch.tensor(1 / 24), torch.tensor(3, dtype=torch.int32), -127.0 if symmetric else -128.0
     program = f"t0 = mul(y0, scalar0); t1 = round(t0); t2 = add(t1, scalar1); t3 = maximum(t2, {low}); t4 = minimum(t3, 127.0)"
     args = (q, scale_x, zero_x)
-    tile = Tile(16, 32, 32, 4, 2, weight_left=True)
-    ours = gemm.launch_a8(*args, weights, [step, zero], program, bits, group, width, torch.int8, tile, 1)
+    tile = Tile(16, 32, 32, 4, 2, weight_left=True, persistent=persistent)
+    end = (weights, [step, zero], program, bits, group, width, torch.int8, tile, 1)
+    ours = on_processors(2, lambda: gemm.launch_a8(*args, *end))
     truth = gemm.reference_a8(*args, [(codes, weights[1])], group, program, [step, zero], torch.int8)
     assert torch.equal(ours, truth)
 
@@ -204,6 +228,17 @@ def test_the_largest_sums_do_not_overflow():
         weights = [words, torch.ones(2), w.sum(1, dtype=torch.int32)]
         y = gemm.a8_gemm(q, torch.ones(1, 1), zero, weights, [], "", bits)
         assert torch.equal(y, torch.full((1, 2), float(-255 * top * K)))
+
+
+def test_persistent_programs_take_every_tile_once_however_many_there_are():
+    q, w = integers(-128, 128, 50, 40, seed=0), integers(-128, 128, 70, 40, seed=1)
+    weights, tile = [w, torch.ones(70), w.sum(1, dtype=torch.int32)], Tile(16, 16, 16, 4, 2, persistent=1)
+    args = (q, torch.ones(50, 1), None, weights, [], "", 8, gemm.ONE_GROUP, 16, torch.float32, tile)
+    for processors in (1, 2, 7, 19, 20, 21, 40):  # 4 x 5 tiles
+        ours = on_processors(processors, lambda: gemm.launch_a8(*args, 1))
+        assert torch.equal(ours, (q.double() @ w.double().T).float())
+    with pytest.raises(KernelError, match="K is split in 2 parts, and persistent programs take whole tiles"):
+        gemm.launch_a8(*args, 2)
 
 
 GOOD = [torch.zeros(3, 8, dtype=torch.int8), torch.ones(3), torch.zeros(3, dtype=torch.int32)]
