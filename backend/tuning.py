@@ -6,7 +6,7 @@ from fxquant.report import artifacts_of
 
 from .calibration import Progress
 from .triton.gpus import Device
-from .triton.launch import ranked
+from .triton.launch import untimed
 from .triton.tile import Problem
 from .triton.tune import tune
 from .triton.written import KernelCall
@@ -24,8 +24,8 @@ def tune_model(model: nn.Module, progress: Progress) -> tuple[list[str], bool]:
     lines, better = [], False
     for problem, on in progress(list(problems_of(model).items()), "timing tiles"):
         for found, (choice, microseconds) in tune([problem], on).items():
-            first = ranked(found, on)[0]
+            first = untimed(found, on)
             better |= choice != first
-            was = "as the model had it" if choice == first else "not the model's first"
+            was = "as the model had it" if choice == first else "not what the model had"
             lines.append(f"{found}: {choice}, {microseconds:.1f} us, {was}")
     return lines, better

@@ -110,6 +110,7 @@ def test_what_persistent_programs_save_is_the_wait_at_the_beginning_of_all_tiles
     assert (walking.memory, walking.cache, walking.product) == (each.memory, each.cache, each.product)
     assert walking.issue > each.issue and walking.registers > each.registers
     assert walking.total < each.total and launch.ranked(problem, H200)[0].tile == replace(tile, persistent=1)
+    assert launch.chosen(problem, H200).tile == tile  # before it was timed
     few = replace(problem, N=256)  # 64 tiles for 132 processors
     assert not any(c.tile.persistent for c in candidates(few, H200))
 
@@ -186,7 +187,7 @@ def test_a_table_names_persistent_tiles_and_one_from_before_them_means_plain_one
     found["choices"][str(problem)]["tile"]["persistent"] = 3
     path.write_text(json.dumps(found))
     with pytest.warns(UserWarning, match="no tile that the kernel may run with"):
-        assert launch.choose(problem, H200) == launch.ranked(problem, H200)[0]
+        assert launch.choose(problem, H200) == launch.untimed(problem, H200)
 
 
 def test_what_is_added_leaves_what_was_there_and_replaces_the_same(folder):

@@ -210,6 +210,6 @@ def test_the_products_of_a_model_are_found_in_its_graphs(folder, monkeypatch):
 
     monkeypatch.setattr("fxquant.backend.triton.tune.microseconds", slow_first)
     lines, better = tune_model(model, lambda items, title: items)
-    assert better and len(lines) == 3 and all("not the model's first" in line for line in lines)
+    assert better and len(lines) == 3 and all("not what the model had" in line for line in lines)
     assert tables.user_file(H200).exists()
     assert tune_model(model, lambda items, title: items) == ([], False)
