@@ -34,7 +34,7 @@ PRODUCT = re.compile(r"[IH]G?MMA$|IDP$")
 """The instructions that multiply: those of the tensor cores, and dp4a."""
 POINTERS = {
     torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    torch.bool: "*i1", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
 }  # fmt: skip
 
 
