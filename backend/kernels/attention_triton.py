@@ -1,6 +1,6 @@
-"""Attention of rounded queries and keys on an NVIDIA GPU: scores of int8 codes (triton/attention.py), before anything is lowered.
+"""Attention of rounded queries and keys on an NVIDIA GPU: scores of int8 codes (triton/attention.py).
 
-Codes are plain PyTorch, so that Inductor computes them in one kernel with what makes queries and keys: a rotary embedding, a norm.
+Codes are plain PyTorch: Inductor computes them in one kernel with what makes queries and keys, a norm or a rotary embedding.
 """
 
 from typing import Any, NamedTuple
@@ -33,14 +33,14 @@ SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 
 
 class Outcome(NamedTuple):
-    """``coded``: the rounded queries and keys of which attention now reads the codes; ``misses``: why others are not among them."""
+    """``coded``: the queries and keys of which attention now reads codes; ``misses``: why it does not read those of others."""
 
     coded: frozenset[fx.Node]
     misses: list[Miss]
 
 
 class Operand(NamedTuple):
-    """What attention reads, before it was rounded and before groups of heads were repeated; and how it was rounded, if it was."""
+    """What attention reads, before it was rounded and before groups of heads were repeated; by which node, and how."""
 
     node: fx.Node
     rounding: fx.Node | None
@@ -48,7 +48,10 @@ class Operand(NamedTuple):
 
 
 def lower_int8_attention(gm: fx.GraphModule, fuel: Fuel) -> Outcome:
-    """Replace every attention whose queries and keys are rounded, where the kernel supports it, in place."""
+    """Replace every attention whose queries and keys are rounded, where the kernel supports it, in place.
+
+    Runs before ``lower``, which writes out what is left of the roundings: those of values among them.
+    """
     writes = any(is_impure(node) for node in gm.graph.nodes if node.op == "call_function")
     leaving = set(gm.graph.output_node().all_input_nodes)
     coded: set[fx.Node] = set()
@@ -56,7 +59,7 @@ def lower_int8_attention(gm: fx.GraphModule, fuel: Fuel) -> Outcome:
     prepared: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for node in list(gm.graph.nodes):
         if (rounded := _rounded_probabilities(node)) is not None:
-            misses.append(Miss("the probabilities '{}' of '{}' are rounded, the kernel keeps them as floats", node, 1, (rounded, node)))
+            misses.append(Miss("the probabilities '{}' of '{}' are rounded, the kernel's are floats", node, 1, (rounded, node)))
         found = attention(node)
         if isinstance(found, Miss) or not {found.q.target, found.k.target} & {fake_quantize}:
             continue
@@ -78,12 +81,13 @@ def supports(found: Attention) -> Claim | Miss:
     for name, one in (("queries", found.q), ("keys", found.k)):
         spec = _unrounded(one).spec
         if spec is None:
-            return Miss("the " + name + " of '{}' are not rounded, codes of queries and of keys are multiplied", node, 1, (node,))
+            return Miss("the {} of '{}' are not rounded, codes of queries and of keys are multiplied", node, 1, (name, node))
         symmetric = isinstance(spec.format, IntAffine) and spec.format.symmetric
         if not symmetric or not isinstance(spec.granularity, PerToken | PerTensor):
             return Miss(f"{name} are {spec.brief}, symmetric integers per token or per tensor are needed")
     if not found.fused and (found.mask is not None or found.bias is not None or found.transposed):
-        return Miss("'{}' is written out with a mask, or with keys that lie transposed; the kernel computes the fused op", node, 1, (node,))
+        # A softmax that is written out makes NaN of a row that is hidden whole, the fused op zeros.
+        return Miss("'{}' is written out with a mask or with keys transposed; the fused op is needed", node, 1, (node,))
     if found.fused and (dropped := node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)):
         return Miss(f"probabilities are dropped ({dropped})")
     q, k, v = (value(n) for n in (found.q, found.k, found.v))
@@ -95,13 +99,14 @@ def supports(found: Attention) -> Claim | Miss:
         return Miss(f"heads are {q.shape[3]} and {v.shape[3]} wide; multiples of 16 up to 256 are needed")
     heads, groups = q.shape[1], k.shape[1]
     if not isinstance(heads, int) or not isinstance(groups, int) or not groups or heads % groups:
-        return Miss(f"there are {heads} heads of queries and {groups} of keys; fixed numbers, one a multiple of the other, are needed")
+        return Miss(f"there are {heads} heads of queries and {groups} of keys; a fixed multiple is needed")
     if not same_sizes((q.shape[0], *k.shape[:3]), (v.shape[0], *v.shape[:3])):
         return Miss(f"the operands broadcast, {[list(t.shape) for t in (q, k, v)]}; equal batches and grouped heads are needed")
     m = value(found.mask)
     if m is not None:
         whole = (q.shape[0], heads, q.shape[2], k.shape[2])
-        fits = m.dim() <= 4 and all(same_sizes((a,), (1,)) or same_sizes((a,), (b,)) for a, b in zip(m.shape[::-1], whole[::-1]))
+        pairs = zip(m.shape[::-1], whole[::-1], strict=False)
+        fits = m.dim() <= 4 and all(same_sizes((a,), (1,)) or same_sizes((a,), (b,)) for a, b in pairs)
         if not fits or not (m.dtype == torch.bool or m.is_floating_point()):
             return Miss(f"the mask is {m.dtype} {list(m.shape)}, which does not broadcast to {list(whole)}")
     return Claim(NAME)
@@ -118,7 +123,7 @@ def codes_of(x: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
 
 
 def _unrounded(node: fx.Node) -> Operand:
-    """``node`` before it was rounded and before its heads were repeated: one scale per token or per tensor is the same for both."""
+    """``node`` before it was rounded and before its heads were repeated, which changes no scale per token or per tensor."""
     if node.target is not fake_quantize:
         return Operand(node, None, None)
     return Operand(ungrouped(operand(node, 0), node), node, read_spec(str(node.args[1])))

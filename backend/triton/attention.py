@@ -2,9 +2,9 @@
 
     y[l]  =  sum_t p[l, t] v[t],   p  =  softmax over t of  scale scale_q[l] scale_k[t] (q[l] . k[t])  +  mask[l, t]
 
-One pass over the keys with a running maximum (FlashAttention, Dao et al. 2022; codes for queries and keys alone, as
-SageAttention, Zhang et al. 2024). Scores are exact integers, softmax and sums are float32, probabilities are rounded to the dtype
-of the values for the second product, and the result once. The kernel is written for the case at hand, as in ``source.py``.
+One pass over the keys with a running maximum (FlashAttention, Dao et al. 2022; with codes for queries and keys, as in
+SageAttention, Zhang et al. 2024). Scores are exact integers, softmax and sums are float32; probabilities are rounded to the
+dtype of the values for the second product, and the result once. The kernel is written for the case at hand (``source.py``).
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ LOG2E = 1.4426950408889634
 class AttentionForm:
     """What is known of an attention when its kernel is written.
 
-    ``mask`` is "", "bool" or "float". ``mask_rows``: it is the same for all queries. ``tensor_q``, ``tensor_k``: one scale for all.
-    ``even_d``, ``even_e``: the widths of keys and of values are powers of two.
+    ``mask`` is "", "bool" or "float"; ``mask_alike``: it has one row for all queries. ``tensor_q``, ``tensor_k``: one scale for
+    all. ``even_m``, ``even_n``: tiles divide the numbers of queries and of keys; ``even_d``, ``even_e``: the widths of keys and
+    of values fill theirs.
     """
 
     mask: str = ""
-    mask_rows: bool = False
+    mask_alike: bool = False
     causal: bool = False
     tensor_q: bool = False
     tensor_k: bool = False
@@ -58,7 +59,7 @@ def write_attention(form: AttentionForm) -> str:
     sizes = ["factor", "L", "T", "D", "DV", "heads", "per", "stride_qb", "stride_qh", "stride_ql"]
     sizes += ["stride_kb", "stride_kh", "stride_kt", "stride_vb", "stride_vh", "stride_vt"]
     sizes += ["stride_mb", "stride_mh", "stride_mt"] if form.mask else []
-    sizes += ["stride_ml"] if form.mask and not form.mask_rows else []
+    sizes += ["stride_ml"] if form.mask and not form.mask_alike else []
     rows_of_scale = "tl.load(scale_q + (batch * heads + head) * L + m_in)[:, None]"
     tile = "tl.program_id(0) % tiles"
     body = [
@@ -109,7 +110,7 @@ def _mask_pointers(form: AttentionForm) -> Iterator[str]:
     """A pointer, and offsets of 32 bits: pointers to all entries of a block would fill the registers."""
     if form.mask:
         yield "here = mask + batch * stride_mb + head * stride_mh"
-        if form.mask_rows:
+        if form.mask_alike:
             yield "entries = n * stride_mt"
         else:
             yield "here += tile.to(tl.int64) * BM * stride_ml"
@@ -117,13 +118,13 @@ def _mask_pointers(form: AttentionForm) -> Iterator[str]:
 
 
 def _loops(form: AttentionForm) -> Iterator[str]:
-    """Blocks of keys that all queries see, without a test; then those on the diagonal or at the end."""
+    """Blocks of keys that all queries see, without a test; then those on the diagonal or at the end. Under a mask all alike."""
     if form.even_n and not form.causal:
         yield "for start in range(0, T, BN):"
         yield from ("    " + line for line in _step(form, edge=False))
         return
     last = "tl.minimum(tile * BM + BM, T)" if form.causal else "T"
-    if form.mask and not form.mask_rows:  # that of a block with tests of its own would be too many registers
+    if form.mask:  # another loop with tests of its own would be too many registers
         yield f"for start in range(0, {last}, BN):"
         yield from ("    " + line for line in _step(form, edge=True))
         return
@@ -147,10 +148,10 @@ def _step(form: AttentionForm, edge: bool) -> Iterator[str]:
     if not form.tensor_k:
         yield f"x *= tl.load(k_scales{column})[None, :]"
     if form.mask:
-        tall = column if form.mask_rows else column.replace("inside", "inside[None, :]")
-        entries = "entries" if form.mask_rows else "(first + ((start + n) * stride_mt)[None, :])"
-        within = f"tl.load(here + {entries}{tall})" + ("[None, :]" if form.mask_rows else "")
-        yield f'x = tl.where({within}, x, float("-inf"))' if form.mask == "bool" else f"x += {within}.to(tl.float32)"
+        tall = column if form.mask_alike else column.replace("inside", "inside[None, :]")
+        entries = "entries" if form.mask_alike else "(first + ((start + n) * stride_mt)[None, :])"
+        within = f"tl.load(here + {entries}{tall})" + ("[None, :]" if form.mask_alike else "")
+        yield f'x = tl.where({within} != 0, x, float("-inf"))' if form.mask == "bool" else f"x += {within}.to(tl.float32)"
     seen = [*(["inside[None, :]"] if ends else []), *(["((start + n)[None, :] <= m[:, None])"] if edge and form.causal else [])]
     if seen:
         yield f'x = tl.where({" & ".join(seen)}, x, float("-inf"))'
@@ -171,7 +172,7 @@ def _step(form: AttentionForm, edge: bool) -> Iterator[str]:
     yield "v_rows += BN * stride_vt"
     if not form.tensor_k:
         yield "k_scales += BN"
-    if form.mask_rows:
+    if form.mask_alike:
         yield "here += BN * stride_mt"
 
 
@@ -211,9 +212,9 @@ def _int8_attention(
 ) -> Tensor:
     """``softmax(scale (scale_q q) (scale_k k)^T + mask) v``: [B, H, L, Dv] in the dtype of v, which lies as [B, L, H, Dv].
 
-    q: int8 [B, H, L, D]; k: int8 [B, G, T, D]; v: float16 or bfloat16 [B, G, T, Dv]; G divides H, and the heads of a group read its
-    keys where they lie. D and Dv are multiples of 16 up to 256. scale_q: float32 [B, H, L] or []; scale_k: [B, G, T] or [].
-    mask: boolean (True is seen) or floating point (added), broadcast to [B, H, L, T]. ``is_causal``: query i sees the keys up to i.
+    q: int8 [B, H, L, D]; k: int8 [B, G, T, D]; v: float16 or bfloat16 [B, G, T, Dv]. G divides H, and the heads of a group read
+    its keys where they lie; D and Dv are multiples of 16 up to 256. scale_q: float32 [B, H, L] or []; scale_k: [B, G, T] or [].
+    mask: boolean (True is seen) or floating point (added), broadcast to [B, H, L, T]. ``is_causal``: query i sees keys up to i.
     ``scale``: 1 / sqrt(D) by default. A query that sees no key gets zeros, as ``aten._safe_softmax`` has it.
     Raises KernelError for other shapes or dtypes.
     """
@@ -222,9 +223,7 @@ def _int8_attention(
     if not launches(q):
         y = reference_attention(q, k, v, scale_q, scale_k, mask, is_causal, scale)
         return y.transpose(1, 2).contiguous().transpose(1, 2)
-    rows_of_mask = mask is not None and mask.dim() > 1 and mask.shape[-2] != 1
-    mask_bytes = mask.element_size() if mask is not None and rows_of_mask else 0
-    tile = tile_for(q.shape[3], v.shape[3], q.shape[2], launch.device(q.device.index), mask_bytes)
+    tile = tile_for(q.shape[3], v.shape[3], q.shape[2], mask, launch.device(q.device.index))
     return launch_attention(q, k, v, scale_q, scale_k, mask, is_causal, scale, tile)
 
 
@@ -258,7 +257,7 @@ def launch_attention(
         values["factor"] = scale if kind == "float" else scale * LOG2E
     form = AttentionForm(
         kind, alike, is_causal, scale_q.dim() == 0, scale_k.dim() == 0,
-        even_m=isinstance(L, int) and L % tile.bm == 0, even_n=isinstance(T, int) and T % tile.bn == 0,  # symbols are not looked at
+        even_m=isinstance(L, int) and L % tile.bm == 0, even_n=isinstance(T, int) and T % tile.bn == 0,
         even_d=padded(D, 32) == D, even_e=padded(E, 16) == E,
     )  # fmt: skip
     values["out"] = out = v.new_empty((B, L, H, E))
@@ -268,8 +267,16 @@ def launch_attention(
 
 
 def padded(width: int, least: int) -> int:
-    """The power of two that a head of ``width`` takes in a tile: 32 bytes or more are a step of either tensor core product."""
+    """The power of two that a head of ``width`` takes in a tile; ``least``: what one step of a product takes."""
     return max(power_of_two(width), least)
+
+
+def bounds(arguments: dict[str, Any], on: Device) -> dict[str, float]:
+    """Microseconds at the published peaks of ``on``: of both products, and of exponentials, 16 in a clock of a processor."""
+    a = arguments
+    pairs = a["q"].shape[0] * a["heads"] * a["L"] * a["T"] * (0.5 if "_causal" in a["kernel"] else 1)
+    products = 2 * pairs * (a["D"] / on.integers + a["DV"] / on.floats) / 1e6
+    return {"product": products, "exponentials": pairs / 16 / on.processors / on.clock / 1e3}
 
 
 FEW = tuple(Tile(16, bn, 0, 4, stages) for bn in (64, 32) for stages in (3, 2))
@@ -277,35 +284,45 @@ LOW = tuple(Tile(64, bn, 0, warps, stages) for bn, warps in ((64, 4), (64, 8), (
 MANY = (*(Tile(128, 64, 0, 8, stages) for stages in (3, 2)), *LOW)
 """Tiles for up to 16 queries, the least that a product takes; for up to 64; and for more, the best first.
 
-A tall tile reads keys and values for more queries at a time; eight warps of it are one program of a processor, as two of four are.
+A tall tile reads keys and values for more queries at a time, so of 128 queries the L2 cache sees half the traffic of 64. Eight
+warps of it are one program of a processor, and four of 64 queries are two: as many warps hide what each waits for.
 """
-MOST_SUMS = 96
-"""Scores and sums that a thread may hold: with more of them, and the operands that it has in flight before Hopper, registers spill."""
+MOST_SUMS, MOST_TESTED = 96, 80
+"""Scores and sums that a thread may hold; before Hopper, where operands in flight are in registers too, fewer under a mask or
+where heads do not fill their tile. Of more, registers were seen to spill."""
 MOST_ENTRIES = {4: 4, 8: 8}
-"""Entries of a mask with a row for each query that one thread of so many warps may load: one by one, if T does not divide by 16."""
+"""Entries of a mask that a thread of so many warps may load, where queries have rows of their own: one by one, if T is odd."""
 
 
-def tile_for(width: int, width_v: int, queries: Any, on: Device, mask_bytes: int = 0) -> Tile:
+def tile_for(width: int, width_v: int, queries: Any, mask: Tensor | None, on: Device) -> Tile:
     """The tile for heads of ``width`` (values: ``width_v``) and so many queries on the device ``on``: the first that fits.
 
-    ``mask_bytes``: of an entry of a mask that has a row for each query, else 0. A symbolic number of queries is taken for many.
+    A symbolic number of queries is taken for many.
     """
-    D, E = padded(width, 32), padded(width_v, 16)
+    D, E, entry = padded(width, 32), padded(width_v, 16), bytes_for_each(mask)
     known = queries if isinstance(queries, int) else 1 << 30
+    plain = mask is None and (width, width_v) == (D, E)
+    most = MOST_SUMS if plain or on.capability >= 90 else MOST_TESTED
     for tile in FEW if known <= 16 else LOW if known <= 64 else MANY:
-        sums, entries = (size / 32 / tile.warps for size in (tile.bm * (tile.bn + E), tile.bm * tile.bn))
-        if sums <= MOST_SUMS and (not mask_bytes or entries <= MOST_ENTRIES[tile.warps]) and shared(tile, D, E, on, mask_bytes) <= on.shared:
+        sums, entries = (tile.bm * columns / 32 / tile.warps for columns in (tile.bn + E, tile.bn))
+        in_registers = sums <= most and (not entry or entries <= MOST_ENTRIES[tile.warps])
+        if in_registers and shared(tile, D, E, entry, on) <= on.shared:
             return tile
     raise AssertionError("the last tile fits every head")
 
 
-def shared(tile: Tile, D: int, E: int, on: Device, mask_bytes: int = 0) -> int:
-    """The most bytes of shared memory for padded widths; the compiler does not check that they fit.
+def bytes_for_each(mask: Tensor | None) -> int:
+    """Bytes of a mask for each query and key; none, if it has one row for all queries."""
+    return mask.element_size() if mask is not None and mask.dim() > 1 and mask.shape[-2] != 1 else 0
+
+
+def shared(tile: Tile, D: int, E: int, entry: int, on: Device) -> int:
+    """The most bytes of shared memory, for padded widths and ``entry`` bytes of a mask: the compiler does not check that.
 
     Queries; keys, values and mask for each stage; probabilities, where warps exchange them; and what they reduce rows by.
     """
     buffers = tile.stages if on.capability >= 90 else tile.stages - 1
-    return tile.bm * D + buffers * tile.bn * (D + 2 * E + tile.bm * mask_bytes) + 2 * tile.bm * tile.bn + 32 * tile.bm
+    return tile.bm * D + buffers * tile.bn * (D + 2 * E + tile.bm * entry) + 2 * tile.bm * tile.bn + 32 * tile.bm
 
 
 int8_attention = define("int8_attention", _int8_attention)

@@ -60,8 +60,8 @@ def launches(run: Callable[[], object], on: Device | None = None, choose: Choose
 
 
 def tile_of(asked: Launch) -> str:
-    """``16 x 64, K in 4``: the tile of a product and the parts of K."""
+    """``16 x 64, K in 4``: the tile of a product and the parts of K; of attention, queries and keys."""
     if asked.choice is None:
-        return ""
+        return " x ".join(str(asked.arguments[name]) for name in ("BM", "BN") if name in asked.arguments)
     tile, parts = asked.choice
     return f"{tile.bm} x {tile.bn}" + (f", K in {parts}" if parts > 1 else "")

@@ -85,7 +85,8 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: T
     require(right, f"int8_attention takes values as float16 or bfloat16 [B, G, T, D], not {v.dtype} {list(v.shape)}")
     (B, H, L, D), (_, G, T, _) = q.shape, k.shape
     shapes = [list(t.shape) for t in (q, k, v)]
-    require(k.shape[3] == D and k.shape[0] == B and v.shape[:3] == k.shape[:3], f"queries, keys and values do not fit: {shapes}")
+    together = k.shape[3] == D and k.shape[0] == B and v.shape[:3] == k.shape[:3]
+    require(together, f"queries, keys and values do not fit: {shapes}")
     require(G > 0 and H % G == 0, f"{H} heads of queries are not shared by {G} heads of keys")
     for width in (D, v.shape[3]):
         require(width in WIDTHS, f"a head has a width of {width}; multiples of 16 up to 256 are known")

@@ -32,6 +32,11 @@ class Case:
     scale: float
 
     @property
+    def coded(self) -> tuple:
+        """Codes and scales of queries and of keys."""
+        return (self.q, self.scale_q), (self.k, self.scale_k)
+
+    @property
     def operands(self) -> tuple:
         return self.q, self.k, self.v, self.scale_q, self.scale_k, self.mask, self.causal, self.scale
 
@@ -55,12 +60,12 @@ def case_of(
 
 def mask_of(kind: str, B: int, H: int, L: int, T: int, generator: torch.Generator) -> Tensor | None:
     """Of each shape that broadcasts; some rows are hidden whole."""
+    if kind == "none":
+        return None
     shape = {"keys": (B, 1, 1, T), "bool": (B, H, L, T), "float": (1, H, L, T), "2d": (L, T)}.get(kind, (B, 1, L, T))
     seen = torch.rand(shape, generator=generator) > 0.4
     if kind != "keys":
         seen[..., 1::5, :] = False
-    if kind == "none":
-        return None
     if kind == "float":
         return torch.randn(shape, generator=generator).half()
     if kind in ("lowest", "infinite"):
@@ -74,11 +79,11 @@ def oracle(case: Case) -> tuple[Tensor, Tensor]:
     """The attention in float64, where scores are exact; and by how much the kernel may be off.
 
     Roundings: the probability of a key by half a step of float16, relative (2**-11) or, below its normal numbers, absolute
-    (2**-25, against a largest one of 1, which the sum holds); the result by another (2**-11, or 2**-25 again). In float32 a score
-    x is off by 2**-24 for each of its six operations and as much of the running maximum, so a probability, relatively, by
-    eight times 2**-24 of the largest |x|, and by 2**-21 for exp2 and for the sums over T keys by T 2**-24.
+    (2**-25, against a largest one of 1, which the sum holds); the result by another (2**-11, or 2**-25 again). In float32 a
+    score x is off by 2**-24 for each of its six operations and as much of the running maximum: a probability, relatively, by
+    eight times 2**-24 of the largest |x|. exp2 adds 2**-21, the sums over T keys add T 2**-24.
     """
-    q, k = (c.double() * (s if s.dim() == 0 else s[..., None]).double() for c, s in ((case.q, case.scale_q), (case.k, case.scale_k)))
+    q, k = (codes.double() * (scale if scale.dim() == 0 else scale[..., None]).double() for codes, scale in case.coded)
     v, mask = case.v.double(), case.mask
     mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
     with sdpa_kernel(SDPBackend.MATH):
@@ -109,7 +114,7 @@ WIDTHS = st.sampled_from([16, 32, 48, 80, 256])
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    sizes = [draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.integers(1, 70))]
+    sizes = [draw(st.integers(1, most)) for most in (2, 2, 3, 70, 70)]
     kinds = draw(st.sampled_from(MASKS)), draw(st.booleans()), (draw(st.booleans()), draw(st.booleans()))
     return case_of(*sizes, draw(WIDTHS), draw(WIDTHS), *kinds, draw(st.integers(0, 2**16)))
 
@@ -168,7 +173,7 @@ def test_a_number_that_is_none_spoils_what_attends_to_it_and_no_other(where):
 
 REFUSED = {
     "queries as int8 codes": dict(q=torch.zeros(1, 2, 5, 16)),
-    r"queries, keys and values do not fit: \[\[1, 2, 5, 16\], \[1, 1, 7, 32\]": dict(k=torch.zeros(1, 1, 7, 32, dtype=torch.int8)),
+    r"do not fit: \[\[1, 2, 5, 16\], \[1, 1, 7, 32\]": dict(k=torch.zeros(1, 1, 7, 32, dtype=torch.int8)),
     "2 heads of queries are not shared by 3": dict(
         k=torch.zeros(1, 3, 7, 16, dtype=torch.int8), v=torch.zeros(1, 3, 7, 16).half(), scale_k=torch.zeros(1, 3, 7)
     ),
