@@ -197,7 +197,8 @@ def reference_attention(
         scores = scores.masked_fill(~seen, -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return (torch.ops.aten._safe_softmax(scores, -1) @ values).to(v.dtype)
+    probabilities: Tensor = torch.ops.aten._safe_softmax(scores, -1)
+    return (probabilities @ values).to(v.dtype)
 
 
 def _int8_attention(
