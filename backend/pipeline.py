@@ -33,6 +33,7 @@ from .inductor import compile_runtime
 from .join_products import join_gates, join_products
 from .kernels import KERNELS
 from .kernels.attention_cpu import lower_attention
+from .kernels.attention_triton import NAME, lower_int8_attention
 from .lower import Lowered, lower
 from .settings import Settings
 from .triton.fuse_epilogue import fuse_epilogues
@@ -75,6 +76,7 @@ def _through_all_stages(graph: fx.GraphModule, settings: Settings, differentiabl
     stages.show("annotated", graph)
     quantize(graph, annotation)
     stages.show("quantized", graph)
+    coded = lower_int8_attention(graph, fuel).coded
     kernels = lower(graph, KERNELS, fuel)
     fuse_epilogues(graph, fuel)
     fuse_norms(graph, fuel)
@@ -92,7 +94,7 @@ def _through_all_stages(graph: fx.GraphModule, settings: Settings, differentiabl
 
     listed = [_graph_site(site, kernels.get(site.key), recipe) for site in sites]
     for edges, reason in ((annotation.edges, ""), (annotation.open, NO_RANGE)):
-        listed += [_graph_edge(edge, reads, reason) for edge in edges if edge.role != "input" and edge.names[0] in reads]
+        listed += [_graph_edge(e, reads, reason, e.value in coded) for e in edges if e.role != "input" and e.names[0] in reads]
     artifact = Artifact(recipe, tuple(listed), tuple(notes), sorted(reads.values()), plan, generated)
     register(artifact)
     _warn_of_what_was_not_done(artifact)
@@ -183,8 +185,8 @@ def _check(plan: Plan, graph: fx.GraphModule, weights: dict[str, tuple[int, ...]
         plan.check(weights)
 
 
-def _graph_edge(edge: Edge, reads: dict[str, int], reason: str = "") -> GraphSite:
-    """An activation that is rounded beside the products: listed, not counted."""
+def _graph_edge(edge: Edge, reads: dict[str, int], reason: str = "", coded: bool = False) -> GraphSite:
+    """An activation that is rounded beside the products: listed, not counted; ``coded``: attention reads its codes."""
     path = edge.names[0]
     return GraphSite(
         path=path,
@@ -193,7 +195,7 @@ def _graph_edge(edge: Edge, reads: dict[str, int], reason: str = "") -> GraphSit
         elements=0,
         counted=False,
         spec=f"A {edge.spec.brief}",
-        kernel="rounded in floating point" if not reason else "",
+        kernel="" if reason else NAME if coded else "rounded in floating point",
         reason=reason,
     )
 

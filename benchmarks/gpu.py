@@ -22,10 +22,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxquant.backend.triton import gemm, launch, row, tune
+from fxquant.backend.kernels.attention_triton import codes_of
+from fxquant.backend.triton import attention, gemm, launch, row, tune
 from fxquant.backend.triton.codes import Codes
 from fxquant.backend.triton.cost import cost
 from fxquant.backend.triton.tile import Problem, Tile
+from fxquant.numerics.affine import IntAffine
+from fxquant.numerics.granularity import PerToken
+from fxquant.recipe import Spec
 
 LAYERS = {"768 to 3072": (3072, 768), "4096 to 4096": (4096,) * 2, "4096 to 14336": (14336, 4096), "8192 to 8192": (8192,) * 2}
 COLD = 256 << 20  # bytes of operands that a timing walks through; the L2 of an H200 holds 50 MB
@@ -182,6 +186,44 @@ def check_a16() -> list[dict[str, Any]]:
     return found
 
 
+def attention_operands(B: int, H: int, G: int, L: int, T: int, D: int, E: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Codes, values and scales, token by token as projections leave them; scores have a deviation of about 3."""
+    i8 = dict(device="cuda", dtype=torch.int8)
+    q, k = (torch.randint(-127, 128, (B, n, h, D), **i8).transpose(1, 2) for n, h in ((L, H), (T, G)))
+    v = torch.randn(B, T, G, E, device="cuda", dtype=dtype).transpose(1, 2)
+    return q, k, v, torch.rand(B, H, L, device="cuda") * 0.05, torch.rand(B, G, T, device="cuda") * 0.05
+
+
+def check_attention() -> list[dict[str, Any]]:
+    """Against float64. With one key that is seen the answer is its value, exactly: a wrong index or mask is no small error."""
+    found = []
+    square, few = ((1, 4, 4, 128, 128, 64, 64), (1, 2, 1, 1024, 1024, 128, 128)), (1, 4, 1, 1, 1000, 80, 96)
+    for dtype in (torch.float16, torch.bfloat16):
+        for B, H, G, L, T, D, E in (*square, few, (2, 8, 2, 100, 333, 128, 128), (1, 2, 2, 70, 70, 256, 16)):
+            for kind in ("none", "keys", "bool", "float", "causal"):
+                operands = attention_operands(B, H, G, L, T, D, E, dtype)
+                q, k, v, scale_q, scale_k = operands
+                rows = 1 if kind == "keys" else L
+                mask = None if kind in ("none", "causal") else torch.rand(B, 1, rows, T, device="cuda") > 0.5
+                if kind == "float":
+                    mask = torch.randn(B, 1, L, T, device="cuda", dtype=dtype)
+                y = attention.int8_attention(*operands, mask, kind == "causal")
+                wide = [t.double() for t in (q * scale_q[..., None].double(), k * scale_k[..., None].double(), v)]
+                wide[1:] = [t.repeat_interleave(H // G, 1) for t in wide[1:]]
+                scores = wide[0] @ wide[1].mT / D**0.5
+                if kind == "causal":
+                    scores = scores.masked_fill(~torch.ones(L, T, device="cuda", dtype=torch.bool).tril(), -torch.inf)
+                elif mask is not None:
+                    scores = scores + mask if kind == "float" else scores.masked_fill(~mask, -torch.inf)
+                truth = torch.ops.aten._safe_softmax(scores, -1) @ wide[2]
+                one = torch.randint(0, T, (L,), device="cuda")
+                alone = torch.zeros(L, T, device="cuda", dtype=torch.bool).scatter_(1, one[:, None], True)
+                exact = torch.equal(attention.int8_attention(*operands, alone), v.repeat_interleave(H // G, 1)[:, :, one])
+                found.append({"dtype": str(dtype), "B, H, G, L, T, D, Dv": [B, H, G, L, T, D, E], "mask": kind,
+                              "integers exact": exact, "error": relative(y, truth)})  # fmt: skip
+    return found
+
+
 def check_compiled() -> list[dict[str, Any]]:
     """The same ops inside torch.compile, which inlines the kernels: two token counts, one of them never compiled for."""
     w = torch.randint(-127, 128, (3072, 768), device="cuda", dtype=torch.int8)
@@ -227,6 +269,42 @@ def time_rows() -> list[dict[str, Any]]:
             size = T * D * 7
             a, c = microseconds(make(ours), size), microseconds(make(inductor), size)
             found.append({"T": T, "D": D, "us": a, "inductor us": c, "ratio": c / a, "GB/s": size / a / 1e3})
+    return found
+
+
+def time_attention() -> list[dict[str, Any]]:
+    """int8 attention alone, and with the rounding of queries and keys, beside PyTorch's fused attention in bfloat16."""
+    found = []
+    for L, T in ((1024, 1024), (4096, 4096), (16384, 16384), (1, 4096)):
+        for D in (64, 128, 256):
+            for causal in (False, True) if L == T else (False,):
+                B, H, G = max(1, 4096 // T), 32, 8
+
+                def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                    codes = [codes_of(t, Spec(IntAffine(8), PerToken())) for t in (q, k)]
+                    return attention.int8_attention(codes[0][0], codes[1][0], v, codes[0][1], codes[1][1], None, causal)  # noqa: B023
+
+                whole = torch.compile(ours, dynamic=False)
+
+                def make(which: str) -> Callable[[], Callable[[], Any]]:
+                    def operands() -> Callable[[], Any]:
+                        codes = attention_operands(B, H, G, L, T, D, D, torch.bfloat16)  # noqa: B023
+                        q, k = (c.bfloat16() / 64 for c in codes[:2])
+                        if which == "op":
+                            return lambda: attention.int8_attention(*codes, None, causal)  # noqa: B023
+                        if which == "whole":
+                            return lambda: whole(q, k, codes[2])  # noqa: B023
+                        attend = F.scaled_dot_product_attention
+                        return lambda: attend(q, k, codes[2], is_causal=causal, enable_gqa=True)  # noqa: B023
+
+                    return operands
+
+                size = B * (H * L + G * T) * D * 4
+                op, rounded, base = (microseconds(make(which), size) for which in ("op", "whole", "sdpa"))
+                found.append({"L": L, "T": T, "D": D, "B": B, "causal": causal, "op us": op, "with rounding us": rounded,
+                              "bf16 us": base, "op ratio": base / op, "ratio": base / rounded,
+                              "TOP/s": 4 * B * H * L * T * D * (0.5 if causal else 1) / op / 1e6})  # fmt: skip
+                torch._dynamo.reset()
     return found
 
 
@@ -346,8 +424,8 @@ def time_a16() -> list[dict[str, Any]]:
 
 
 SECTIONS: tuple[Callable[[], list[dict[str, Any]]], ...] = (
-    check_rows, check_a8, check_persistent, check_a16, check_compiled,
-    time_rows, time_a8, time_persistent, time_a16, time_tiles,
+    check_rows, check_a8, check_persistent, check_a16, check_attention, check_compiled,
+    time_rows, time_a8, time_persistent, time_a16, time_attention, time_tiles,
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from blocks import (
     CHANNELS,
     COUNTS,
     NORMS,
+    RECIPES,
     TOKENS,
     Block,
     D,
@@ -34,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxquant import recipe as recipe_module
 from fxquant.backend.fuse_norms import fuse_norms
 from fxquant.backend.kernels import KERNELS
+from fxquant.backend.kernels.attention_triton import lower_int8_attention
 from fxquant.backend.kernels.int8_triton import Int8TritonLinear
 from fxquant.backend.kernels.kernel import Kernel, Product, reference
 from fxquant.backend.kernels.low_bit_triton import LowBitTritonLinear
@@ -48,7 +50,7 @@ from fxquant.graph.match import Miss
 from fxquant.numerics.affine import IntAffine, QParams
 from fxquant.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from fxquant.numerics.ranges import DYNAMIC, Given, MinMSE
-from fxquant.recipe import Spec
+from fxquant.recipe import Override, Recipe, Spec
 
 INT8, LOW_BIT, WEIGHT_ONLY = Int8TritonLinear(), LowBitTritonLinear(), WeightOnlyTritonLinear()
 GEMM = torch.ops.fxquant.a8_gemm.default
@@ -412,3 +414,162 @@ def test_on_a_cpu_nothing_changes_where_no_row_is_quantized_at_run_time(block: B
     before.recompile()
     assert misses == []
     assert ours.code == before.code
+
+
+# ---- attention whose queries and keys are rounded --------------------------------------------------------------------
+HEADS = 4
+RECIPES["q, k, v per token"] = Recipe(attention=TOKENS[True])
+RECIPES["q, k, v of 4 bits"] = Recipe(attention=Spec(IntAffine(4), PerToken()))
+RECIPES["q, k, v static"] = Recipe(attention=Spec(IntAffine(8), PerTensor(), Given(-2.0, 3.0)))
+RECIPES["q, k, v asymmetric"] = Recipe(attention=TOKENS[False])
+RECIPES["probabilities"] = Recipe(attention=TOKENS[True], probabilities=TOKENS[True])
+RECIPES["only keys and values"] = Recipe(attention=TOKENS[True], overrides=(Override("re:^transpose$", "attention", None),))
+
+
+def heads(x, count=HEADS):
+    return x.unflatten(-1, (count, D // count)).transpose(1, 2)
+
+
+def repeated(x):
+    """Two groups, each for two heads, as models for ops that know no groups spell it."""
+    return x[:, :2, None].expand(x.shape[0], 2, 2, *x.shape[2:]).reshape(x.shape[0], 4, *x.shape[2:])
+
+
+def fused(x, y, z):
+    return F.scaled_dot_product_attention(heads(x), heads(y), heads(z)).transpose(1, 2).flatten(2)
+
+
+def masked(x, y, z):
+    mask = (x[..., 0] * 0 + x[..., 1]).relu()[:, None, None]
+    return F.scaled_dot_product_attention(heads(x), heads(y), heads(z), mask, scale=0.3)
+
+
+def hidden(x, y, z):
+    return F.scaled_dot_product_attention(heads(x), heads(y), heads(z), (x[..., 0] > 0)[:, None, :, None]).transpose(1, 2)
+
+
+def grouped(x, y, z):
+    return F.scaled_dot_product_attention(heads(x), repeated(heads(y)), repeated(heads(z)), is_causal=True).transpose(1, 2)
+
+
+def grouped_by_the_op(x, y, z):
+    k, v = (heads(t)[:, :2] for t in (y, z))
+    return F.scaled_dot_product_attention(heads(x), k, v, is_causal=True, enable_gqa=True)
+
+
+def two_readers(x, y, z):
+    k = heads(y)
+    return F.scaled_dot_product_attention(heads(x), k, heads(z)), F.scaled_dot_product_attention(heads(z), k, heads(x))
+
+
+def written_out(x, y, z):
+    return torch.softmax(heads(x) @ heads(y).transpose(-1, -2) * 0.2, -1) @ heads(z)
+
+
+def attending(fn, recipe, dtype=torch.float16, *, gpu=False):
+    """``fn``, rounded; ``gpu``: moved there once it is traced, as fused attention cannot be for a GPU that is not here."""
+    gm = quantized(fn, "cpu", dtype, recipe)
+    for node in gm.graph.nodes if gpu else ():
+        if isinstance(x := node.meta.get("val"), Tensor):
+            with gm.meta["fake_mode"]:
+                node.meta["val"] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+    return gm
+
+
+def lowered_attention(gm):
+    """Lower in place, as the pipeline does: why some attention was not."""
+    outcome = lower_int8_attention(gm, Fuel())
+    lowered(gm)
+    return [miss.reason for miss in outcome.misses]
+
+
+ATTENTIONS = (fused, masked, hidden, grouped, grouped_by_the_op, two_readers, written_out)
+
+
+@pytest.mark.parametrize("recipe", ["q, k, v per token", "q, k, v of 4 bits", "q, k, v static"])
+@pytest.mark.parametrize("fn", ATTENTIONS)
+def test_attention_of_rounded_queries_and_keys_is_one_op_on_a_gpu(fn: Block, recipe: str) -> None:
+    gm = attending(fn, recipe, torch.bfloat16, gpu=True)
+    assert lowered_attention(gm) == []
+    found = ops(gm)
+    assert found["int8_attention"] == (2 if fn is two_readers else 1)
+    assert not {"scaled_dot_product_attention", "softmax", "matmul", "fake_quantize"} & set(found)
+    assert not gm.meta["fake_mode"].shape_env.guards
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fxquant.int8_attention.default):
+        k, v = (node.args[i].meta["val"] for i in (1, 2))
+        assert k.shape[1] == v.shape[1] == (2 if "grouped" in fn.__name__ else HEADS)
+
+
+@pytest.mark.parametrize("recipe", ["q, k, v per token", "q, k, v of 4 bits", "q, k, v static"])
+@pytest.mark.parametrize("fn", ATTENTIONS)
+def test_rounded_attention_means_the_same_before_and_after(fn: Block, recipe: str, everywhere: None) -> None:
+    """In 16 bits rounded operands lose their last bits on their way to the product; codes do not, so ours is the nearer one."""
+    truth, plain, ours = (attending(fn, recipe, dtype) for dtype in (torch.float32, torch.float16, torch.float16))
+    assert lowered_attention(ours) == [] and ops(ours)["int8_attention"]
+    for shape in ((2, 5, D), (3, 7, D)):  # what the symbols stood for, and other numbers
+        values = data(plain, shape)
+        expected = run(truth, [v.float() for v in values])
+        theirs, mine = run(plain, values), run(ours, values)
+        assert [(y.dtype, y.shape) for y in mine] == [(y.dtype, y.shape) for y in theirs]
+        error = distance(expected, [y.float() for y in mine])
+        assert error <= distance(expected, [y.float() for y in theirs])
+        assert error < 2.0**-10  # probabilities and the result are rounded to 11 bits
+
+
+DECLINED_ATTENTION = {
+    "the site is on cpu": (fused, "q, k, v per token", torch.float16),
+    "queries are uint8 per token, symmetric integers": (fused, "q, k, v asymmetric", torch.float16),
+    "the probabilities 'fake_quantize.*' of 'matmul.*' are rounded": (fused, "probabilities", torch.float16),
+    "the queries of 'scaled_dot_product_attention' are not rounded": (fused, "only keys and values", torch.float16),
+    "values are torch.float32": (fused, "q, k, v per token", torch.float32),
+    "written out with a mask": (
+        lambda x, y, z: torch.softmax(heads(x) @ heads(y).mT * 0.2 + x[:, None, :, :1], -1) @ heads(z),
+        "q, k, v per token",
+        torch.float16,
+    ),
+    "heads are 8 and 8 wide": (
+        lambda x, y, z: F.scaled_dot_product_attention(heads(x, 16), heads(y, 16), heads(z, 16)),
+        "q, k, v per token",
+        torch.float16,
+    ),
+    "the query has 3 axes": (lambda x, y, z: F.scaled_dot_product_attention(x, y, z), "q, k, v per token", torch.float16),
+    "the operands broadcast": (
+        lambda x, y, z: F.scaled_dot_product_attention(heads(x), heads(y[:1]), heads(z)),
+        "q, k, v per token",
+        torch.float16,
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", DECLINED_ATTENTION)
+def test_attention_that_stays_in_floating_point_says_why(sentence: str) -> None:
+    fn, recipe, dtype = DECLINED_ATTENTION[sentence]
+    gm = attending(fn, recipe, dtype, gpu=sentence != "the site is on cpu")
+    (miss,) = lower_int8_attention(gm, Fuel()).misses
+    assert re.search(sentence, miss.reason)
+    assert ops(gm)["int8_attention"] == 0
+
+
+def test_attention_that_is_not_rounded_is_left_alone_without_a_word(everywhere: None) -> None:
+    gm = quantized(fused, "cpu", torch.float16, "no transforms")
+    assert lower_int8_attention(gm, Fuel()) == (frozenset(), [])
+    assert ops(gm)["scaled_dot_product_attention"] == 1
+
+
+def test_fuel_stops_int8_attention(everywhere: None) -> None:
+    gm, fuel = attending(two_readers, "q, k, v per token"), Fuel(1)
+    lower_int8_attention(gm, fuel)
+    assert fuel.log == ["lower scaled_dot_product_attention to int8"]
+    assert (ops(gm)["int8_attention"], ops(gm)["scaled_dot_product_attention"]) == (1, 1)
+
+
+def test_what_is_written_over_after_it_was_rounded_keeps_its_codes(everywhere: None) -> None:
+    def overwritten(x, y, z):
+        k = heads(y).clone()
+        scores = heads(x) @ k.mT * 0.2
+        k.zero_()
+        return torch.softmax(scores, -1) @ heads(z)
+
+    plain, ours = (attending(overwritten, "q, k, v per token") for _ in range(2))
+    assert lowered_attention(ours) == []
+    assert distance(run(plain, data(plain)), run(ours, data(plain))) < 2.0**-8

@@ -8,9 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from fxquant.backend.triton import inspect
+from fxquant.backend.triton.attention import bytes_for_each, shared
 from fxquant.backend.triton.cost import by_groups, instructions, registers
 from fxquant.backend.triton.gpus import COMPILED as DEVICES
 from fxquant.backend.triton.inspect import CASES
@@ -20,7 +23,7 @@ QUICK = (
     "residual + LayerNorm + quantize, 4096", "W8A8, M = 4096, gated pair",
     "W8A8, M = 4096, gated pair, persistent", "W8A8, M = 4096, bias, residual, persistent", "W8A8, M = 16",
     "W4A8 g128, M = 1, dp4a", "W4A8 g128, M = 16", "W3A8 g128, M = 8", "W2A8, M = 16", "W4A16 g128, M = 16", "W8A16, M = 16",
-    "W4A16 NF4 g64, M = 16",
+    "W4A16 NF4 g64, M = 16", "int8 attention, 4096 x 4096, D = 128",
 )  # fmt: skip
 
 
@@ -43,6 +46,11 @@ def test_a_kernel_compiles_to_what_its_tile_was_chosen_for(case, on):
         assert not any(op.startswith(("LDG.E.U8", "LDG.E.U16", "STG.E.U8", "STG.E.U16")) for op in seen.opcodes)
         return
     (asked, *_) = case.asked(on)
+    if "attention" in case.name:  # both products are in the loop, and keys and values are on their way meanwhile
+        hopper = on.capability >= 90 and asked.arguments["BM"] >= 64
+        assert ({"IGMMA", "HGMMA"} if hopper else {"IMMA", "HMMA"}) <= families
+        assert any(re.match(r"LDGSTS.*\.128", op) for op in seen.loop)
+        return
     assert 0.7 < instructions(asked.problem, asked.choice.tile, on) / seen.loop.total() < 1.3
     assert 0.6 < registers(asked.problem, asked.choice.tile, on) / seen.registers < 1.6
     bits, activations = map(int, re.match(r"W(\d+)A(\d+)", case.name).groups())
@@ -139,6 +147,28 @@ def test_no_tile_that_may_be_chosen_spills_or_is_too_large(family, on, products)
     assert len(done) > 4
 
 
+MASKS = ((None, 0), (None, 1), ((1, torch.bool), 1), ((0, torch.bool), 1), ((0, torch.float32), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("on", DEVICES, ids=lambda on: f"sm_{on.capability}")
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+def test_no_tile_of_attention_spills_or_is_too_large(width, on, causal):
+    """Where sizes divide, and where they do not; under masks of one row, and of as many as there are queries (0 here)."""
+    for queries in (16, 64, 1024):
+        for mask, odd in MASKS:
+            rows = None if mask is None else (mask[0] or queries - odd, mask[1])
+            with FakeTensorMode():
+                run = inspect.attention_case(queries - odd, 1024 - odd, width, causal, rows)
+                (asked,) = inspect.launches(run, on)
+            seen, a = inspect.compile_for(asked, on.capability), asked.arguments
+            tile = Tile(a["BM"], a["BN"], 0, asked.warps, asked.stages)
+            room = shared(tile, a["WIDTH"], a["WIDTH_V"], bytes_for_each(a.get("mask")), on)
+            assert seen.stack == 0 and seen.spills == 0, (queries, mask, odd, tile)
+            assert seen.shared <= room <= on.shared, (queries, mask, odd, tile)
+
+
 class Driver:
     """As much of a driver as Triton needs to turn a kernel into its first intermediate form."""
 
@@ -192,6 +222,40 @@ def test_inductor_is_shown_the_kernels_and_what_they_write(T, N, launched, monke
     assert [n.kwargs["tensors_to_clone"] for n in wrapped] == [
         ["q", "scale", "zero_point", "total"], *[["out"]] * len(launched),
     ]  # fmt: skip
+
+
+def test_inductor_is_shown_attention_of_any_length_and_guards_nothing(monkeypatch):
+    import triton
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._guards import TracingContext, tracing
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    def attend(q, k, v, scale_q, scale_k, mask):
+        y = torch.ops.fxquant.int8_attention(q, k, v, scale_q, scale_k, mask, True, 0.5)
+        return (y.transpose(1, 2).flatten(2),)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    graphs = []
+
+    def compiler(gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    fake, example = FakeTensorMode(shape_env=ShapeEnv()), torch.empty(3, 37, 41)
+    sizes = StatelessSymbolicContext([DimDynamic.DYNAMIC] * 3)
+    B, L, T = fake.from_tensor(example, source=ConstantSource("x"), symbolic_context=sizes).shape
+    with fake:
+        q, k = (torch.empty(B, n, h, 64, device="cuda", dtype=torch.int8).transpose(1, 2) for n, h in ((L, 8), (T, 2)))
+        v = torch.empty(B, T, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        mask = torch.empty(B, 1, 1, T, device="cuda", dtype=torch.bool)
+        inputs = (q, k, v, torch.empty(B, 8, L, device="cuda"), torch.empty(B, 2, T, device="cuda"), mask)
+        gm = make_fx(attend, tracing_mode="fake")(*inputs)
+    with tracing(TracingContext(fake)):
+        aot_module_simplified(gm, inputs, fw_compiler=compiler, inference_compiler=compiler)
+    (wrapped,) = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_functional)
+    assert wrapped.kwargs["tensors_to_clone"] == ["out"]
+    assert not fake.shape_env.guards
 
 
 def test_a_launch_is_recorded_with_every_argument_of_its_kernel():

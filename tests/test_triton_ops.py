@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fxquant.backend.triton import gemm, row
+from fxquant.backend.triton import attention, gemm, row
 from fxquant.backend.triton.codes import Codes
 
 X = torch.linspace(-3, 5, 6 * 64).view(6, 64)
@@ -45,7 +45,13 @@ def w8a16(x):
     return torch.ops.fxquant.a16_gemm(x, [W8, SCALE[None]], [], "", False, 8, 64, 16)
 
 
-@pytest.mark.parametrize("call", [norm_quantize, rms, int8, w3a8_gated, w4a16, w8a16])
+def attend(x):
+    codes, scale, _ = torch.ops.fxquant.quantize_rows(x, True)
+    q, s = codes.view(1, -1, 4, 16).transpose(1, 2), scale.view(1, 1, -1).expand(1, 4, -1)
+    return attention.int8_attention(q, q[:, ::2], q[:, ::2].half(), s, s[:, ::2], None, True)
+
+
+@pytest.mark.parametrize("call", [norm_quantize, rms, int8, w3a8_gated, w4a16, w8a16, attend])
 def test_a_compiled_op_on_the_cpu_is_its_plain_meaning(call):
     x = X.clone()
     torch._dynamo.mark_dynamic(x, 0)
@@ -83,7 +89,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from fxquant.backend.triton import gemm, row
+from fxquant.backend.triton import attention, gemm, row
 from fxquant.backend.triton.language import KernelError
 print(row.quantize_rows(torch.tensor([[-1.0, 0.5]]))[0].tolist())
 try:

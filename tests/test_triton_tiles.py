@@ -1,5 +1,6 @@
 """Which tile a product gets: what the model of the cost says, what was timed before it, and what becomes of a damaged table."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from graphs import graph_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.backend.triton import launch, tables
+from fxquant.backend.triton import attention, launch, tables
 from fxquant.backend.triton.cost import ASKED_BEFORE, LATENCY, cost, least
 from fxquant.backend.triton.gpus import A100, H200, KNOWN, L40S, RTX4090, described
+from fxquant.backend.triton.refuse import WIDTHS
 from fxquant.backend.triton.tile import BUCKETS, LONG, MAX_PARTS, MOST, Choice, Problem, Tile, bucket, candidates
 
 W4A8 = Problem(16, 4096, 4096, 4, width=128, group_size=128)
@@ -228,7 +230,7 @@ def test_a_tile_that_the_kernel_may_not_have_is_ignored_with_a_warning(folder, t
 def test_processes_that_write_at_once_lose_nothing(folder):
     script = """
 import sys
-from fxquant.backend.triton import launch, tables
+from fxquant.backend.triton import attention, launch, tables
 from fxquant.backend.triton.gpus import H200
 from fxquant.backend.triton.tile import Problem
 for N in range(64):
@@ -277,3 +279,14 @@ def test_two_questions_are_not_one():
     names = [str(Problem(16, 256, 512, **{"group_size": 512, **form}, products=p)) for form in FORMS for p in (1, 2)]
     assert len(set(names)) == len(names)
     assert Tile(16, 64, 0, 4, 4) != Tile(16, 64, 0, 4, 3)
+
+
+@pytest.mark.parametrize("on", KNOWN, ids=lambda on: on.name)
+def test_every_attention_has_a_tile_that_fits_and_is_no_taller_than_its_queries_need(on):
+    masks = [None, *(torch.empty(rows, 7, dtype=t, device="meta") for rows in (1, 5) for t in (torch.bool, torch.float32))]
+    for width, width_v, mask in itertools.product(WIDTHS, WIDTHS, masks):
+        for queries, tallest in ((1, 16), (16, 16), (17, 64), (64, 64), (65, 128), (10**6, 128)):
+            tile = attention.tile_for(width, width_v, queries, mask, on)
+            wide, entry = (attention.padded(width, 32), attention.padded(width_v, 16)), attention.bytes_for_each(mask)
+            assert attention.shared(tile, *wide, entry, on) <= on.shared
+            assert min(tallest, 64) <= tile.bm <= tallest

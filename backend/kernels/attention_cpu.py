@@ -36,7 +36,7 @@ def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
 
         # Token by token is how the next product reads it. Where strides can be seen they are those of the op replaced.
         seen = writes or bool(family(node) & leaving)
-        other = seen and not _token_by_token(value(node))
+        other = seen and not token_by_token(value(node))
 
         def attention(
             q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, causal: bool = is_causal, s: float = scale, other: bool = other
@@ -49,7 +49,7 @@ def lower_attention(gm: fx.GraphModule, fuel: Fuel) -> None:
         replace(gm, node, attention, query, key, val, mask)
 
 
-def _token_by_token(y: Tensor) -> bool:
+def token_by_token(y: Tensor) -> bool:
     """[B, H, L, D] that lies as [B, L, H, D], as PyTorch's fast attention leaves it; an axis of one has any stride."""
     _, heads, length, width = y.shape
     wanted = (length * heads * width, width, heads * width, 1)

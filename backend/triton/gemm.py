@@ -263,19 +263,19 @@ def _launch(
     if form.tokens:
         words = {name: values[name].view(torch.int32) for name in ("x", *(f"w{i}" for i in range(form.products)))}
         words |= {"stride_x": words["x"].stride(0), "stride_w": words["w0"].stride(0)}
-        _call(write_gemv(form), (ceil_div(N, tile.bn),), values | end | constants | words, options)
+        call(write_gemv(form), (ceil_div(N, tile.bn),), values | end | constants | words, options)
         return out
     if count == 1:
-        _call(write(form), grid, values | end | constants, options)
+        call(write(form), grid, values | end | constants, options)
         return out
     parts = x.new_empty((count * form.products, M, N), dtype=torch.int32 if form.integer else torch.float32)
-    _call(write(form), grid, values | {"out": parts} | constants, options)
+    call(write(form), grid, values | {"out": parts} | constants, options)
     constants = {"PARTS": count, "BM": 4, "BN": 256}
-    _call(write_sum(form), (ceil_div(M, 4), ceil_div(N, 256)), values | end | {"parts": parts} | constants, {"num_warps": 4})
+    call(write_sum(form), (ceil_div(M, 4), ceil_div(N, 256)), values | end | {"parts": parts} | constants, {"num_warps": 4})
     return out
 
 
-def _call(text: str, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, int]) -> None:
+def call(text: str, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, int]) -> None:
     """Launch the kernel of ``text`` with those of ``values`` that it names."""
     written = kernel(text)
     launcher(written)[grid](**{name: values[name] for name in written.arg_names}, **options)

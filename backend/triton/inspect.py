@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import gemm, launch, row
+from . import attention, gemm, launch, row
 from .codes import NF4, Codes
 from .cost import LATENCY, REACHED, cost, least
 from .gemv import TOKENS
@@ -34,7 +34,7 @@ PRODUCT = re.compile(r"[IH]G?MMA$|IDP$")
 """The instructions that multiply: those of the tensor cores, and dp4a."""
 POINTERS = {
     torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    torch.bool: "*i1", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
 }  # fmt: skip
 
 
@@ -213,14 +213,22 @@ class Case:
         """Compile its first launch for ``on``; the second, if any, adds up the parts of a split K."""
         return compile_for(self.asked(on)[0], on.capability)
 
-    def predicted(self, on: Device, seen: Inspection) -> tuple[float, float, str]:
-        """Microseconds that it should take on ``on`` by ``cost.py``, those of the roofline, and what it would wait for."""
+    def predicted(self, on: Device, seen: Inspection) -> tuple[float | None, float, str]:
+        """Microseconds that it should take on ``on`` by ``cost.py``, those of the roofline, and what it would wait for.
+
+        Of attention the roofline alone, to which exponentials count: 16 in a clock of a processor.
+        """
         asked = self.asked(on)[0]
         if asked.problem is not None and asked.choice is not None:
             found = cost(asked.problem, asked.choice, on)
             return found.total, least(asked.problem, on), found.bound
         tensors = [t for t in asked.arguments.values() if isinstance(t, torch.Tensor)]
         memory = sum(t.numel() * t.element_size() for t in tensors) / on.bandwidth / 1e3
+        if "WIDTH_V" in asked.arguments:
+            memory = sum(t.untyped_storage().nbytes() for t in tensors) / on.bandwidth / 1e3  # a broadcast mask counts once
+            bounds = attention.bounds(asked.arguments | {"kernel": asked.kernel.__name__}, on) | {"memory": memory}
+            slowest = max(bounds, key=lambda name: bounds[name])
+            return None, bounds[slowest], slowest
         issue = seen.opcodes.total() * asked.warps * asked.grid[0] / 4 / on.processors / on.clock / 1e3
         return max(memory / REACHED, issue) + LATENCY, memory, "memory" if memory / REACHED > issue else "issue"
 
@@ -292,6 +300,21 @@ def a16_case(
     return run
 
 
+def attention_case(
+    L: int, T: int, D: int, causal: bool = False, mask: tuple[int, torch.dtype] | None = None, E: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Callable[[], object]:  # fmt: skip
+    """L queries of 32 heads against T keys of 8, as projections leave them; ``mask``: how many rows it has, and of what."""
+
+    def run() -> object:
+        q, k = (_fake(1, size, count, D, dtype=torch.int8).transpose(1, 2) for size, count in ((L, 32), (T, 8)))
+        v = _fake(1, T, 8, E or D, dtype=dtype).transpose(1, 2)
+        m = None if mask is None else _fake(1, 1, mask[0], T, dtype=mask[1])
+        return attention.int8_attention(q, k, v, _fake(1, 32, L), _fake(1, 8, T), m, causal)
+
+    return run
+
+
 CASES = (
     Case("quantize rows of 4096", rows_case(4096, norm=False)),
     Case("residual + LayerNorm + quantize, 4096", rows_case(4096, norm=True)),
@@ -333,6 +356,13 @@ CASES = (
     Case("W4A16 NF4 g64, M = 8", a16_case(8, 4, shifted=False, group_size=64, codebook=NF4), 8),
     Case("W4A16 NF4 g64, M = 16", a16_case(16, 4, shifted=False, group_size=64, codebook=NF4), 16),
     Case("W8A16, M = 16", a16_case(16, 8, shifted=False, group_size=4096), 16),
+    Case("int8 attention, 4096 x 4096, D = 128", attention_case(4096, 4096, 128)),
+    Case("int8 attention, 4096 x 4096, D = 128, causal", attention_case(4096, 4096, 128, causal=True)),
+    Case("int8 attention, 4096 x 4096, D = 64", attention_case(4096, 4096, 64)),
+    Case("int8 attention, 4096 x 4096, D = 64, mask", attention_case(4096, 4096, 64, mask=(4096, torch.bool))),
+    Case("int8 attention, 4096 x 4096, D = 256", attention_case(4096, 4096, 256)),
+    Case("int8 attention, 4095 x 4095, D = 80, mask of keys", attention_case(4095, 4095, 80, mask=(1, torch.bool))),
+    Case("int8 attention, 1 x 4096, D = 128", attention_case(1, 4096, 128)),
 )
 
 
@@ -355,7 +385,8 @@ def main() -> None:
             time, bound, reason = case.predicted(on, seen)
             cells = (
                 case.name, on.capability, tile_of(case.asked(on)[0]), seen.registers, seen.stack, seen.shared,
-                seen.opcodes.total(), seen.loop.total() or "", products, share, f"{time:.1f}", f"{bound:.1f}", reason,
+                seen.opcodes.total(), seen.loop.total() or "", products, share, "" if time is None else f"{time:.1f}",
+                f"{bound:.1f}", reason,
             )  # fmt: skip
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
 

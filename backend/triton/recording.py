@@ -60,5 +60,7 @@ def launches(run: Callable[[], object], on: Device | None = None, choose: Choose
 
 
 def tile_of(asked: Launch) -> str:
-    """The tile of a product; nothing for other kernels."""
-    return "" if asked.choice is None else str(asked.choice)
+    """The tile of a product; of attention, queries and keys; nothing for other kernels."""
+    if asked.choice is None:
+        return " x ".join(str(asked.arguments[name]) for name in ("BM", "BN") if name in asked.arguments)
+    return str(asked.choice)

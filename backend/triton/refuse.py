@@ -11,6 +11,8 @@ from .codes import Codes
 from .language import ceil_div, require
 from .program import KINDS, Program, kind_of, number_of
 
+WIDTHS = range(16, 257, 16)
+"""Of the heads that attention is computed for."""
 MAX_K = 65536
 """|sum (q_x - zero_x) q_w| <= 255 * 128 * K stays below 2**31."""
 
@@ -72,6 +74,31 @@ def check_a16(x: Tensor, weights: list[Tensor], codes: Codes, each: int, group_s
                 f"{groups} groups of {group_size} weights and {N} outputs have scales and zero points [{groups}, {N}], "
                 f"not {list(t.shape)}",
             )
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor, mask: Tensor | None) -> None:
+    """Codes, values, scales and mask of ``int8_attention``."""
+    for name, t in (("queries", q), ("keys", k)):
+        right = t.dim() == 4 and t.dtype == torch.int8
+        require(right, f"int8_attention takes {name} as int8 codes [B, H, L, D], not {t.dtype} {list(t.shape)}")
+    right = v.dim() == 4 and v.dtype in (torch.float16, torch.bfloat16)
+    require(right, f"int8_attention takes values as float16 or bfloat16 [B, G, T, D], not {v.dtype} {list(v.shape)}")
+    (B, H, L, D), (_, G, T, _) = q.shape, k.shape
+    shapes = [list(t.shape) for t in (q, k, v)]
+    together = k.shape[3] == D and k.shape[0] == B and v.shape[:3] == k.shape[:3]
+    require(together, f"queries, keys and values do not fit: {shapes}")
+    require(G > 0 and H % G == 0, f"{H} heads of queries are not shared by {G} heads of keys")
+    for width in (D, v.shape[3]):
+        require(width in WIDTHS, f"a head has a width of {width}; multiples of 16 up to 256 are known")
+    for name, scale, shape in (("queries", scale_q, [B, H, L]), ("keys", scale_k, [B, G, T])):
+        fits = scale.dtype == torch.float32 and list(scale.shape) in ([], shape)
+        require(fits, f"the scales of {name} must be float32 {shape} or [], not {scale.dtype} {list(scale.shape)}")
+    if mask is not None:
+        whole = [1] * (4 - mask.dim()) + list(mask.shape)
+        fits = len(whole) == 4 and all(found in (1, size) for found, size in zip(whole, [B, H, L, T], strict=True))
+        require(fits, f"a mask of {list(mask.shape)} does not broadcast to {[B, H, L, T]}")
+        right = mask.dtype == torch.bool or mask.is_floating_point()
+        require(right, f"the mask is {mask.dtype}; it must be boolean, or floating point to be added")
 
 
 def check_end(M: Any, N: Any, products: int, text: str, inputs: list[Tensor]) -> None:

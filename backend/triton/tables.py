@@ -28,7 +28,7 @@ from .language import INSTALLED, triton
 from .tile import Choice, Problem, Tile, candidates
 
 FOLDER = Path(__file__).parent
-TEXTS = ("source.py", "gemv.py", "codes.py", "program.py", "gemm.py", "tile.py")
+TEXTS = ("source.py", "gemv.py", "codes.py", "program.py", "gemm.py", "attention.py", "tile.py")
 """What decides how long a kernel takes."""
 
 
