@@ -455,13 +455,22 @@ int run(const LowBit& a, bool tiles, int threads) {
   return 0;
 }
 
-// On AMX there are tiles, but where weights are multiplied as they are read; the results are the same.
+// On AMX there are tiles, but where weights are multiplied as they are read; the results are the same. Digits of floats are made
+// for so many rows at a time, as they need room.
 template <int P>
-int digits(const LowBit& a, [[maybe_unused]] int isa, int threads) {
+int digits(LowBit a, [[maybe_unused]] int isa, int threads) {
+  constexpr int64_t ROOM = 480;  // whole bands
+  const int64_t rows = a.M, in = a.size * a.groups * element_size(a.x_dtype), out = a.N * element_size(a.dtype);
+  for (int64_t m = 0; m < rows; m += a.M, a.x += a.M * in, a.out += a.M * out) {
+    a.M = P == 1 || rows - m < ROOM ? rows - m : ROOM;
 #ifdef WITH_AMX
-  if (isa == ON_AMX && a.M * P > (P == 1 ? 2 : AS_READ)) return run<Digits<P>>(a, true, threads);
+    const bool tiles = isa == ON_AMX && a.M * P > (P == 1 ? 2 : AS_READ);
+#else
+    const bool tiles = false;
 #endif
-  return run<Digits<P>>(a, false, threads);
+    if (run<Digits<P>>(a, tiles, threads)) return 1;
+  }
+  return 0;
 }
 
 // One panel as floats of a.dtype, saturating: row k of a.out has the weights [N] of input k.

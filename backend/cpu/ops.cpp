@@ -326,7 +326,11 @@ Codes attend_u8s8(Tensor codes, Tensor scale, Tensor zero_point, std::vector<Ten
 }
 
 // ---- low-bit weights ----------------------------------------------------------------------------------------------------
-int64_t most_rows(Type type) { return type == Type::BFloat16 ? 64 : 256; }  // beyond these a float product of decoded weights wins
+// Beyond these a float product of decoded weights is faster, or as fast.
+int64_t most_rows(Type type) {
+  if (isa == ON_AVX2) return type == Type::BFloat16 ? 64 : 256;
+  return type == Type::BFloat16 ? 256 : INT64_MAX;
+}
 
 int64_t stored_bytes(int64_t bits, int64_t size) {  // of 64 outputs of a group
   return (size + depth((int)bits) - 1) / depth((int)bits) * block_bytes((int)bits);
