@@ -376,6 +376,10 @@ void sum_up(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t
     const int32_t* terms = a.terms + group * PANEL;
     const uint8_t* codes = a.weight + group * blocks * block_bytes(BITS);
     const typename Kind::X* first = x + m * P * stride + g * step;
+    for (int line = 0; line < PANEL; line += LANES) {  // wanted when the group has been multiplied
+      _mm_prefetch(a.weight_scale + group * PANEL + line, _MM_HINT_T0);
+      _mm_prefetch(terms + line, _MM_HINT_T0);
+    }
     if (!kind.template few<BITS>(first, stride, rows, codes, blocks, terms, part))
       for (int64_t b = 0; b < blocks; b += most) {
         const int64_t count = blocks - b < most ? blocks - b : most;
