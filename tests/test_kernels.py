@@ -125,12 +125,17 @@ def test_the_first_kernel_that_supports_a_product_is_the_one_meant_for_it(
 @needs_library
 @given(x=tensors(extreme=True), bits=st.integers(1, 8), symmetric=st.booleans())
 @example(x=torch.tensor([[1.0, 2.0], [1.0, -torch.inf], [-torch.nan, 2.0]]), bits=8, symmetric=False)
+@example(x=torch.tensor([[1.0, 2.0], [1.0, -torch.inf]]), bits=2, symmetric=True)
 def test_rows_are_quantized_to_the_last_bit_of_the_contract(x: Tensor, bits: int, symmetric: bool) -> None:
+    """Scales and zero points everywhere; codes where a row is finite, as under a scale of NaN they stand for nothing."""
     assume(bits > 1 or not symmetric)
     if x.dtype == torch.float64:
         x = x.float()
-    for mine, plain in zip(ops.quantize_rows(x, bits, symmetric), ops.quantize_rows_reference(x, bits, symmetric), strict=True):
-        torch.testing.assert_close(mine, plain, rtol=0, atol=0, equal_nan=True)
+    (codes, *mine), (wanted, *plain) = ops.quantize_rows(x, bits, symmetric), ops.quantize_rows_reference(x, bits, symmetric)
+    for found, told in zip(mine, plain, strict=True):
+        torch.testing.assert_close(found, told, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(mine[0].isfinite().squeeze(-1), x.isfinite().all(-1) | (x.shape[-1] == 0))
+    assert torch.equal(*(t.where(mine[0].isfinite(), 0) for t in (codes, wanted)))
 
 
 @needs_library

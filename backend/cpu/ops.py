@@ -36,7 +36,7 @@ def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
 def quantize_rows_reference(x: Tensor, bits: int, symmetric: bool) -> Codes:
     """[..., K] -> codes uint8 [..., K padded to 64], scale float32 [..., 1], zero point int32 [..., 1].
 
-    Symmetric codes are shifted by 128.
+    Symmetric codes are shifted by 128. A row that is not finite has a scale of NaN, and any codes.
     """
     format = IntAffine(bits, symmetric=symmetric)
     qparams = format.fit(x, PerToken())
