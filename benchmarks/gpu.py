@@ -367,19 +367,22 @@ def time_a8() -> list[dict[str, Any]]:
         for M in (1, 2, 8, 16, 64, 512, 4096):
             base = _linear(M, N, K)
             for bits, group in ((8, K), (4, 128), (3, 256), (2, K)):
+                width = 64 if bits == 3 else 128
+                row_of_codes = torch.zeros(1, K, device="cuda", dtype=torch.int8)
+                size_of_row = K if bits == 8 else Codes(bits).pack(row_of_codes, width).shape[1]  # whole blocks
 
                 def make(whole: bool) -> Callable[[], Callable[[], Any]]:
                     def operands() -> Callable[[], Any]:
                         bf16, size = dict(device="cuda", dtype=torch.bfloat16), group if group < K else gemm.ONE_GROUP  # noqa: B023
                         x, bias = torch.randn(M, K, **bf16), torch.randn(N, **bf16)  # noqa: B023
-                        words = torch.randint(-128, 128, (N, K * bits // 8), device="cuda", dtype=torch.int8)  # noqa: B023
+                        words = torch.randint(-128, 128, (N, size_of_row), device="cuda", dtype=torch.int8)  # noqa: B023
                         scale = torch.rand((K // group, N) if group < K else (N,), device="cuda") / 1000  # noqa: B023
                         sums = torch.zeros(N, device="cuda", dtype=torch.float32 if group < K else torch.int32)  # noqa: B023
                         q, scale_x, _ = row.quantize_rows(x)
 
                         def call() -> Any:
                             codes, s, _ = row.quantize_rows(x) if whole else (q, scale_x, None)
-                            weight, width = [words, scale, sums], 64 if bits == 3 else 128  # noqa: B023
+                            weight = [words, scale, sums]
                             end = [bias], "t0 = add(y0, column0)"
                             return gemm.a8_gemm(codes, s, None, weight, *end, bits, size, width, torch.bfloat16)  # noqa: B023
 

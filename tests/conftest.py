@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `from strategies import ...`: 
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # one each where workers share the machine
 
-for name, examples in {"fast": 25, "slow": 1000}.items():
+for name, examples in {"fast": 25, "slow": 250}.items():
     settings.register_profile(
         name, max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
     )
