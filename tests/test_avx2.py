@@ -1,4 +1,4 @@
-"""On AVX2 every op gives the numbers that it gives on AVX512, to the last bit but where floats are summed in another order.
+"""On AVX2 every op gives the numbers that it gives on AVX512, to the last bit but where it sums floats.
 
 A process has one library of kernels, so AVX2 has a process of its own, which runs this file.
 """
@@ -94,6 +94,17 @@ def test_avx2_gives_the_same_numbers(tmp_path: Path) -> None:
     assert different == []
     for name, tensors in also_near.items():
         torch.testing.assert_close(near[name], tensors, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@needs_library
+@pytest.mark.skipif("avx2" in ISAS, reason="there is nothing but AVX2 here")
+def test_avx2_multiplies_floats_within_their_bound() -> None:
+    """As floats, where AVX512 makes integers of them: tests/test_low_bit.py, on AVX2."""
+    chosen = ["-k", "float_product or any_number or neither_threads or gated or decoded", "-n", "0", "-q"]
+    command = [sys.executable, "-m", "pytest", *chosen, str(Path(__file__).with_name("test_low_bit.py"))]
+    done = subprocess.run(command, env={**os.environ, "FXQUANT_CPU_ISA": "avx2"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and "failed" not in done.stdout
 
 
 if __name__ == "__main__":

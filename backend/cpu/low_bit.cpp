@@ -9,9 +9,9 @@
 //   scale (sum q code - zero sum (q - x_zero) - x_zero sum code)
 // The sum of the codes and the zero of a group are one word, (zero << 24) + (sum & 0xffffff).
 //
-// Activations that are floats become integers too, of 24 bits (16 where they are of 16 bits), in the digits of which vpdpbusd
-// multiplies: three instructions for 64 weights, where products of floats take four and as many to decode each. On AVX2, which has
-// no such instruction, they are floats.
+// Activations that are floats become integers too, of 24 bits (16 where they are of 16 bits and groups are small), whose digits
+// vpdpbusd multiplies: three instructions for 64 weights, where products of floats take four and as many to decode each. On AVX2,
+// which has no such instruction, they are floats.
 //
 // Groups are added in order, whatever the threads and the rows beside, so that neither changes a bit.
 
@@ -27,7 +27,7 @@ namespace {
 
 constexpr int ROWS = 6, BAND = 96, AHEAD = 4096;  // rows at a time in registers, and in the caches; bytes to prefetch ahead
 constexpr int TILE = 16;
-constexpr int AS_READ = 4;  // rows that weights are multiplied with as they are read
+constexpr int AS_READ = 4;  // rows of digits that weights are multiplied with as they are read
 
 // Sums into sixteen places of a row of them, or onto what is there.
 inline void put(int32_t* row, Ints sum, bool first) { write(row, first ? sum : add(sum, ints_at(row))); }
@@ -62,7 +62,8 @@ inline void prefetch(const uint8_t* block) {
 }
 
 // Activations of u8, P digits of each: quads of int8, sums of int32. One digit is given, with its scale and zero point. P of them
-// are made here of a float: of x / s + 256^P / 2, rounded, where s is the least power of two that leaves a group room.
+// are made here of a float: of x / s + 256^P / 2, rounded, where s is the least power of two, from 2^-126 on, that leaves a group
+// room.
 template <int P>
 struct Digits {
   using X = uint8_t;
@@ -107,7 +108,8 @@ struct Digits {
   template <int BITS>
   bool few(const X* x, int64_t stride, int64_t rows, const uint8_t* from, int64_t blocks, const int32_t*, int32_t* part) const {
     if (tiles) return false;
-    switch (rows * P) {  // up to AS_READ
+    static_assert(AS_READ == 4);
+    switch (rows * P) {
       case 1: return as_read<BITS, 1>(x, stride, from, blocks, part), true;
       case 2: return as_read<BITS, 2>(x, stride, from, blocks, part), true;
       case 3: return as_read<BITS, 3>(x, stride, from, blocks, part), true;
@@ -197,12 +199,12 @@ struct Digits {
   }
 
   // A group of a row, filled up to `padded`, its digits in rows of `stride`; and what is told of it.
-  void prepare(int64_t m, int64_t g, X* to, int64_t stride, int64_t padded, int32_t* told) const {
+  void prepare(int64_t m, int64_t g, X* to, int64_t stride, int64_t padded, int32_t* tell) const {
     if constexpr (P == 1) {
       const uint8_t* from = (const uint8_t*)a.x + m * a.x_stride + g * a.size;
       int32_t sum = 0;
       for (int64_t k = 0; k < a.size; k++) sum += from[k];
-      told[0] = sum - a.zero[m * a.per_row] * (int32_t)a.size;
+      tell[0] = sum - a.zero[m * a.per_row] * (int32_t)a.size;
       if (!to) return;
       memcpy(to, from, a.size);
       memset(to + a.size, 0, padded - a.size);
@@ -215,22 +217,23 @@ struct Digits {
       // By its bits, where a NaN is above an infinity and that above all numbers: then s is NaN, and so is the result.
       const int exponent = highest_of(most) >> 23, power = exponent + 2 - 8 * P < 1 ? 1 : exponent + 2 - 8 * P;
       const bool finite = exponent < 255;
-      told[P] = finite ? power << 23 : 0x7fc00000;
+      tell[P] = finite ? power << 23 : 0x7fc00000;
       const Floats inverse = all(float_of((254 - power) << 23));
       constexpr int HALF = 1 << (8 * P - 1);
       Ints sum[P] = {};
       for (int64_t k = 0; k < padded; k += LANES) {
         const Lanes lanes = finite && k < a.size ? tail(a.size - k) : 0;
         const Ints whole = nearest(mul(load(from + k * bytes, a.x_dtype, lanes), inverse));
-        const Ints digits = only(lanes, add(lower(whole, all_ints(HALF - 1)), all_ints(HALF)));
+        const Ints limited = higher(all_ints(1 - HALF), lower(whole, all_ints(HALF - 1)));  // at -HALF, s x might be no float
+        const Ints digits = only(lanes, add(limited, all_ints(HALF)));
         for (int p = 0; p < P; p++) {
           const Ints digit = bits_and(shr(digits, 8 * p), all_ints(255));
           sum[p] = add(sum[p], digit);
           write_bytes(to + p * stride + k, tail(padded - k), digit);
         }
       }
-      for (int p = 0; p < P; p++) told[p] = (int32_t)sum_of(to_floats(sum[p]));  // below 2^24, as MOST_INPUTS are
-      told[P - 1] -= 128 * (int32_t)a.size;
+      for (int p = 0; p < P; p++) tell[p] = (int32_t)sum_of(to_floats(sum[p]));  // below 2^24, as MOST_INPUTS are
+      tell[P - 1] -= 128 * (int32_t)a.size;
     }
   }
 
@@ -459,20 +462,24 @@ int run(const LowBit& a, bool tiles, int threads) {
   return 0;
 }
 
-// On AMX there are tiles, but where weights are multiplied as they are read; the results are the same. Digits of floats are made
-// for so many rows at a time, as they need room.
+// On AMX there are tiles, but where weights are multiplied as they are read; the results are the same.
 template <int P>
-int digits(LowBit a, [[maybe_unused]] int isa, int threads) {
+bool on_tiles([[maybe_unused]] int64_t M, [[maybe_unused]] int isa) {
+#ifdef WITH_AMX
+  return isa == ON_AMX && M * P > (P == 1 ? 2 : AS_READ);
+#else
+  return false;
+#endif
+}
+
+// Floats are made ready for so many rows at a time, as they need room.
+template <class Kind>
+int in_slices(LowBit a, int isa, int threads) {
   constexpr int64_t ROOM = 480;  // whole bands
   const int64_t rows = a.M, in = a.size * a.groups * element_size(a.x_dtype), out = a.N * element_size(a.dtype);
   for (int64_t m = 0; m < rows; m += a.M, a.x += a.M * in, a.out += a.M * out) {
-    a.M = P == 1 || rows - m < ROOM ? rows - m : ROOM;
-#ifdef WITH_AMX
-    const bool tiles = isa == ON_AMX && a.M * P > (P == 1 ? 2 : AS_READ);
-#else
-    const bool tiles = false;
-#endif
-    if (run<Digits<P>>(a, tiles, threads)) return 1;
+    a.M = rows - m < ROOM ? rows - m : ROOM;
+    if (run<Kind>(a, !std::is_same_v<Kind, Float> && on_tiles<Kind::DIGITS>(a.M, isa), threads)) return 1;
   }
   return 0;
 }
@@ -513,12 +520,14 @@ void low_bit_decode(const LowBit& a, int threads) {
   for (int64_t panel = 0; panel < (a.N + PANEL - 1) / PANEL; panel++) one(a, panel);
 }
 
-int low_bit_integer(const LowBit& a, int isa, int threads) { return digits<1>(a, isa, threads); }
+int low_bit_integer(const LowBit& a, int isa, int threads) { return run<Digits<1>>(a, on_tiles<1>(a.M, isa), threads); }
 
-int low_bit_float(const LowBit& a, [[maybe_unused]] int isa, int threads) {
+// An outlier takes bits from its group, of which a large one cannot spare any.
+int low_bit_float(const LowBit& a, int isa, int threads) {
 #ifdef __AVX512F__
-  return a.x_dtype == F32 ? digits<3>(a, isa, threads) : digits<2>(a, isa, threads);
+  constexpr int64_t SMALL = 256;
+  return a.x_dtype == F32 || a.size > SMALL ? in_slices<Digits<3>>(a, isa, threads) : in_slices<Digits<2>>(a, isa, threads);
 #else
-  return run<Float>(a, false, threads);
+  return in_slices<Float>(a, isa, threads);
 #endif
 }

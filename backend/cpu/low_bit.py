@@ -4,8 +4,8 @@ A group is filled up to whole blocks of ``DEPTH[bits]`` inputs of 64 outputs. A 
 of the outputs, [64, 4], as ``vpdpbusd`` multiplies them. Codes of up to 4 bits count from 0, and quads share bytes, the first
 in the lowest bits; codes of 3 bits lie in two planes, of their low two bits and of their high bit. Wider codes are int8.
 
-Float activations are multiplied as integers of 24 bits (16 for 16-bit floats) where there is AVX512: off by at most 2^-23
-(2^-15) of the largest of their group; a row with an infinity or a NaN is NaN.
+Float activations are multiplied as integers of 24 bits where there is AVX512 (16 for 16-bit floats in groups of up to 256):
+off by at most 2^-23 (2^-15) of the largest of their group, or 2^-127; a row with an infinity or a NaN is NaN.
 """
 
 from typing import Any

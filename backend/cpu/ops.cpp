@@ -326,8 +326,11 @@ Codes attend_u8s8(Tensor codes, Tensor scale, Tensor zero_point, std::vector<Ten
 }
 
 // ---- low-bit weights ----------------------------------------------------------------------------------------------------
-// Beyond these a float product of decoded weights is faster, or as fast.
+constexpr int64_t MOST_INPUTS = INT32_MAX / (255 * 255);  // of a group: a sum of more products of two codes may not fit 32 bits
+
+// Beyond these a float product of decoded weights is faster, or as fast; of float16 it is slow.
 int64_t most_rows(Type type) {
+  if (type == Type::Half) return INT64_MAX;
   if (isa == ON_AVX2) return type == Type::BFloat16 ? 64 : 256;
   return type == Type::BFloat16 ? 256 : INT64_MAX;
 }
@@ -344,6 +347,7 @@ Tensor low_bit(const Tensor& given, const Maybe& given_scale, const Maybe& given
   const Maybe scale = dense(given_scale), zero = dense(given_zero), bias = dense(given_bias);
   need(x.dim() >= 1 && weight.dim() == 3, "rows ", x, " and a weight ", weight, "; [..., K] and [N/64, G, bytes] are needed");
   need(bits >= 1 && bits <= 8 && size > 0, bits, " bits in groups of ", size, "; 1 to 8 bits are needed, and at least one input");
+  need(size <= MOST_INPUTS, "groups of ", size, " inputs; at most ", MOST_INPUTS, " are summed exactly");
   const int64_t groups = weight.size(1), width = x.size(x.dim() - 1), rows = rows_of(with_last(x, 1));
   const int64_t all = gated ? 2 * outputs : outputs, panels = (all + PANEL - 1) / PANEL;
   of_type(weight, Type::Char, "weight"), of_type(weight_scale, Type::Float, "weight's scale"), of_type(terms, Type::Int, "terms");
@@ -368,7 +372,7 @@ Tensor low_bit_product_u8(Tensor codes, Tensor scale, Tensor zero_point, Tensor 
   return low_bit(codes, scale, zero_point, weight, weight_scale, terms, bias, bits, group_size, out_features, activation_of(activation), type, GATED);
 }
 
-// Few rows meet codes that are decoded in registers; many meet blocks of decoded weights, in PyTorch's own product (low_bit.py).
+// More rows than `most_rows` meet blocks of decoded weights, in PyTorch's own product (low_bit.py).
 template <bool GATED>
 Tensor low_bit_product_float(Tensor x, Tensor weight, Tensor weight_scale, Tensor terms, Maybe bias, int64_t bits, int64_t group_size,
                              int64_t out_features, std::string activation, Type type) {

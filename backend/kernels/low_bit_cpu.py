@@ -1,6 +1,6 @@
 """Weights of 1 to 8 bits on a CPU: our own C++ (cpu/low_bit.cpp) reads them packed, once, and decodes them in registers.
 
-W4A8 and its like multiply integers, W4A16 and W8A16 floats. One layout serves both.
+W4A8 and its like take codes, W4A16 and W8A16 floats. One layout serves both.
 """
 
 import torch
@@ -101,7 +101,7 @@ class LowBitFloatLinear(_LowBit):
 
     def supports(self, product: Product) -> Claim | Miss:
         if product.activation is not None:
-            return Miss("activations are quantized, and this kernel multiplies in floating point")
+            return Miss("activations are quantized, and this kernel takes floats")
         if reason := why_not(product):
             return Miss(reason)
         return Claim(self.name)
