@@ -8,8 +8,8 @@
 
 A side that cannot run here, or is not installed, is listed with the reason. Every case goes into build/benchmarks/cpu.json as
 soon as it is measured. Errors are relative, of the output, against float32. Beside our times stands how much of them the
-linears need at least, by what roofline.py measures in the same run: all products by AVX512-VNNI, or, where caches are emptied
-and where a token is decoded, all codes read from memory.
+linears need at least, by what roofline.py measures in the same run: all products of codes by AVX512-VNNI, or, where caches are
+emptied and where a token is decoded, all codes read from memory (of more of them than a cache holds).
 """
 
 import argparse
@@ -34,7 +34,7 @@ import transformers
 from dots import dots
 from measure import ROOT, Flush, Time, heading, in_turn, markdown_table, shared_assets, table, write
 from minilm import encoder, reviews, tokenize
-from roofline import Roofline, measure_roofline, work_of
+from roofline import Roofline, Work, measure_roofline, work_of
 from torch import Tensor, nn
 
 import fxquant
@@ -379,7 +379,7 @@ def measure(case: Case, peers: Mapping[str, Make], rounds: int, flush: Flush, ro
     with torch.no_grad():
         wanted = Output(model)(**batch).float()
     rewind()
-    works = {bits: work_of(model, partial(Output(model), **batch), bits) for bits in {int(r[1]) for r in case.recipes}}
+    products, elements = work_of(model, partial(Output(model), **batch))
     for name, make in makers.items():
         try:
             with warnings.catch_warnings(), torch.no_grad():
@@ -397,8 +397,10 @@ def measure(case: Case, peers: Mapping[str, Make], rounds: int, flush: Flush, ro
             said = str(error).strip().splitlines() or [""]
             results[name] = Result(None, None, f"{type(error).__name__}: {said[0]}"[:200])
     for name, taken in in_turn(calls, rounds, case.name, lambda: (rewind(), case.cold and flush())).items():
-        bits = int(name.split()[1][1]) if name.startswith("outlierq") else 0
-        least = roof.least(works[bits], case.cold or case.section == "decode") if bits else None
+        recipe, least = name.removeprefix("outlierq "), None
+        if recipe in case.recipes:
+            work = Work(products if recipe.endswith("A8") else 0, elements * int(recipe[1]) / 8)
+            least = roof.least(work, case.cold or case.section == "decode")
         results[name] = Result(taken, results[name].error, least=least)
     return results
 
@@ -426,8 +428,11 @@ def text(case: Case, results: Mapping[str, Result]) -> str:
     return f"{case.section}: {case.name}\n\n{table(rows)}\n"
 
 
-def markdown(known: Mapping[str, Any]) -> str:
-    """Every case that is known, a row each: a side's time as a multiple of that of our first recipe, and its error."""
+def markdown(known: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
+    """Every case that is known, a row each: a side's time as a multiple of that of our first recipe, and its error.
+
+    ``drawn``: the file of each section's figure.
+    """
     m = known["machine"]
     lines = [
         "# On a CPU", "", "    python benchmarks/cpu.py", "",
@@ -456,7 +461,9 @@ def markdown(known: Mapping[str, Any]) -> str:
                     least = row[side].get("least")
                     cells.append(f"{time}; {row[side]['error']:.3f}" + (f"; {least / seconds[0]:.0%}" if least else ""))
             shown.append((case, *cells))
-        lines += ["", f"## {section}", "", markdown_table(shown), "", f"![{section}](cpu-{section}.svg)"]
+        lines += ["", f"## {section}", "", markdown_table(shown)]
+        if section in drawn:
+            lines += ["", f"![{section}]({drawn[section]})"]
     return "\n".join(lines) + "\n"
 
 
@@ -491,19 +498,20 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     peers = {name: make for name, make in PEERS.items() if name in (args.peer or PEERS)}
-    flush, roof = Flush(), measure_roofline()
-    print(f"{heading()}\n{roof}\n")
-    for case in known:
-        if case.section not in (args.section or [case.section]) or case.name not in (args.case or [case.name]):
-            continue
+    sections, names = args.section or [c.section for c in known], args.case or [c.name for c in known]
+    chosen = [c for c in known if c.section in sections and c.name in names]
+    flush, roof = Flush(), measure_roofline() if chosen else Roofline(0.0, 0.0)
+    print(f"{heading()}\n{roof if chosen else ''}\n")
+    for case in chosen:
         results = measure(case, peers, args.rounds, flush, roof)
         keep(case, results, args.json)
         print(text(case, results), flush=True)
     if args.markdown:
         found = json.loads(args.json.read_text())
-        args.markdown.write_text(markdown(found))
+        drawn = {section: f"{args.markdown.stem}-{section}.svg" for section in figures(found)}
+        args.markdown.write_text(markdown(found, drawn))
         for section, figure in figures(found).items():
-            args.markdown.with_name(f"{args.markdown.stem}-{section}.svg").write_text(figure)
+            args.markdown.with_name(drawn[section]).write_text(figure)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What this machine can do at best, measured: bytes read from memory, and products of 8 bits by AVX512-VNNI, per second.
 
+On a CPU with AMX, whose tiles multiply more, no rate of products is given.
+
     python benchmarks/roofline.py
 """
 
@@ -17,7 +19,7 @@ import torch
 from measure import Flush, heading
 from torch import nn
 
-from fxquant.backend.cpu.features import has_vnni
+from fxquant.backend.cpu.features import has_amx, has_vnni
 
 ROUNDS, SUMS, STEPS = 15, 16, 300_000  # so many sums hide the latency of an instruction
 # All loops over the sums unrolled, so that these stay in registers.
@@ -38,14 +40,14 @@ extern "C" int products(long steps) {{
 
 @dataclass(frozen=True)
 class Roofline:
-    """Bytes per second that all threads read, and multiply-adds of 8 bits per second, 0 where there is no VNNI."""
+    """Bytes per second that all threads read, and multiply-adds of 8 bits per second, 0 where these are not measured."""
 
     bandwidth: float
     products: float
 
     def __str__(self) -> str:
-        products = f"{1e-9 * self.products:.0f} G multiply-adds of 8 bits" if self.products else "no VNNI"
-        return f"this machine, in this run: {1e-9 * self.bandwidth:.1f} GB read, {products} per second"
+        products = f", {1e-9 * self.products:.0f} G multiply-adds of 8 bits" if self.products else ""
+        return f"this machine, in this run, per second: {1e-9 * self.bandwidth:.1f} GB read{products}"
 
     def least(self, work: "Work", cold: bool) -> float:
         """Seconds that the products of ``work`` take at least: all of them multiplied, or, ``cold``, their weights read."""
@@ -55,27 +57,32 @@ class Roofline:
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of the linears of one call, and the bytes of their codes."""
+    """Multiply-adds of 8 bits of the linears of one call, 0 where activations are floats; and the bytes of their codes."""
 
     products: int
     weights: float
 
 
-def work_of(model: nn.Module, call: Callable[[], object], bits: int) -> Work:
-    """What the linears in ``model`` do in one call of it, with weights of ``bits`` bits; scales and norms are not counted."""
-    products, elements = 0, 0
+def work_of(model: nn.Module, call: Callable[[], object]) -> tuple[int, int]:
+    """Multiply-adds of the linears in ``model`` in one call of it, and the elements of their weights, each counted once.
 
-    def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
-        nonlocal products, elements
-        products += inputs[0].numel() // inputs[0].shape[-1] * layer.weight.numel()
-        elements += layer.weight.numel()
+    A linear whose result nobody reads, such as a pooler's, is counted as well.
+    """
+    products, weights = 0, dict[int, int]()
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Linear)]
-    with torch.no_grad():
-        call()
-    for hook in hooks:
-        hook.remove()
-    return Work(products, elements * bits / 8)
+    def count(layer: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], y: torch.Tensor) -> None:
+        nonlocal products
+        products += y.numel() * layer.weight.shape[1]
+        weights[id(layer.weight)] = layer.weight.numel()
+
+    hooks = [m.register_forward_hook(count, with_kwargs=True) for m in model.modules() if isinstance(m, nn.Linear)]
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return products, sum(weights.values())
 
 
 def measure_roofline() -> Roofline:
@@ -84,12 +91,13 @@ def measure_roofline() -> Roofline:
     for _ in range(ROUNDS):
         flush()
     compiler = os.environ.get("CXX") or shutil.which("g++")
-    if not has_vnni() or not compiler:
+    if not has_vnni() or has_amx() or not compiler:
         return Roofline(flush.bandwidth, 0.0)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(threads) as pool:
         command = [*compiler.split(), "-O3", "-mavx512f", "-mavx512vnni", "-shared", "-fPIC", "-x", "c++", "-"]
-        subprocess.run([*command, "-o", f"{folder}/products.so"], input=SOURCE.encode(), check=True)
+        if subprocess.run([*command, "-o", f"{folder}/products.so"], input=SOURCE.encode(), capture_output=True).returncode:
+            return Roofline(flush.bandwidth, 0.0)
         run = ctypes.CDLL(f"{folder}/products.so").products
         run.argtypes = [ctypes.c_long]
         taken = []
