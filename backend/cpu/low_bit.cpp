@@ -61,17 +61,11 @@ inline void prefetch(const uint8_t* block) {
   for (int line = 0; line < block_bytes(BITS); line += 4 * PANEL) _mm_prefetch(block + AHEAD + line, _MM_HINT_T0);
 }
 
-// Activations of u8, P digits of each: quads of int8, sums of int32. One digit is given, with its scale and zero point. P of them
-// are made here of a float: of x / s + 256^P / 2, rounded, where s is the least power of two, from 2^-126 on, that leaves a group
-// room.
-template <int P>
-struct Digits {
+// Rows of u8 times quads of int8: sums of int32.
+struct Quads {
   using X = uint8_t;
   using W = int8_t;
-  static constexpr int CHUNK = 256, DIGITS = P, TOLD = P == 1 ? 1 : P + 1;
-  const LowBit& a;
-  const int32_t* told;  // [M, groups, TOLD]: the sums of the digits, of the highest less its zero point; and the bits of s
-  bool tiles;
+  static constexpr int CHUNK = 256;
 
   template <int BITS>
   static void decode(const uint8_t* from, int64_t blocks, const int32_t*, W* to) {
@@ -105,11 +99,11 @@ struct Digits {
       for (int j = 0; j < 4; j++) put(part + i * PANEL + j * LANES, sum[i][j], true);
   }
 
+  // Not in line, so that it is compiled once and not for each kind of digits.
   template <int BITS>
-  bool few(const X* x, int64_t stride, int64_t rows, const uint8_t* from, int64_t blocks, const int32_t*, int32_t* part) const {
-    if (tiles) return false;
+  [[gnu::noinline]] static bool as_read(const X* x, int64_t stride, int64_t rows, const uint8_t* from, int64_t blocks, int32_t* part) {
     static_assert(AS_READ == 4);
-    switch (rows * P) {
+    switch (rows) {
       case 1: return as_read<BITS, 1>(x, stride, from, blocks, part), true;
       case 2: return as_read<BITS, 2>(x, stride, from, blocks, part), true;
       case 3: return as_read<BITS, 3>(x, stride, from, blocks, part), true;
@@ -121,7 +115,7 @@ struct Digits {
   static Ints quad_of(const X* x) { return as_ints(_mm512_broadcastss_ps(_mm_load_ss((const float*)x))); }
 #else
   template <int BITS>
-  bool few(const X*, int64_t, int64_t, const uint8_t*, int64_t, const int32_t*, int32_t*) const { return false; }
+  static bool as_read(const X*, int64_t, int64_t, const uint8_t*, int64_t, int32_t*) { return false; }
 #endif
 
   template <int MR>
@@ -183,6 +177,24 @@ struct Digits {
     _tile_stored(3, part + 48, 4 * PANEL);
   }
 #endif
+};
+
+// Activations of P digits each. One digit is given, with its scale and zero point. P of them are made here of a float: of
+// x / s + 256^P / 2, rounded, where s is the least power of two, from 2^-126 on, that leaves a group room.
+template <int P>
+struct Digits : Quads {
+  using Math = Quads;
+  static constexpr int DIGITS = P, TOLD = P == 1 ? 1 : P + 1;
+  const LowBit& a;
+  const int32_t* told;  // [M, groups, TOLD]: the sums of the digits, of the highest less its zero point; and the bits of s
+  bool tiles;
+
+  Digits(const LowBit& a, const int32_t* told, bool tiles) : a(a), told(told), tiles(tiles) {}
+
+  template <int BITS>
+  bool few(const X* x, int64_t stride, int64_t rows, const uint8_t* from, int64_t blocks, const int32_t*, int32_t* part) const {
+    return !tiles && as_read<BITS>(x, stride, rows * P, from, blocks, part);
+  }
 
   Floats of_group(int64_t m, int64_t g, const int32_t* part, Ints terms) const {
     const int32_t* here = told + (m * a.groups + g) * TOLD;
@@ -248,6 +260,7 @@ struct Digits {
 struct Float {
   using X = float;
   using W = float;
+  using Math = Float;
   static constexpr int CHUNK = 64, DIGITS = 1, TOLD = 0;
   const LowBit& a;
   const int32_t* told;
@@ -325,25 +338,25 @@ struct Float {
 };
 
 // `chunk` has room for inputs up to a multiple of 64.
-template <class Kind>
-void multiply(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t rows, typename Kind::W* w, int64_t count, int32_t* part, bool first) {
+template <class Math>
+[[gnu::noinline]] void multiply([[maybe_unused]] bool tiles, const typename Math::X* x, int64_t stride, int64_t rows, typename Math::W* w, int64_t count, int32_t* part, bool first) {
 #ifdef WITH_AMX
-  if constexpr (!std::is_same_v<Kind, Float>)
-    if (kind.tiles) {
+  if constexpr (std::is_same_v<Math, Quads>)
+    if (tiles) {
       const int64_t whole = (count + DEPTH - 1) / DEPTH * DEPTH;
       memset(w + count * PANEL, 0, (whole - count) * PANEL);
-      for (int64_t i = 0; i < rows; i += TILE) Kind::multiply_tiles(x + i * stride, stride, w, whole, part + i * PANEL, first);
+      for (int64_t i = 0; i < rows; i += TILE) Math::multiply_tiles(x + i * stride, stride, w, whole, part + i * PANEL, first);
       return;
     }
 #endif
   for (; rows >= ROWS; x += ROWS * stride, part += ROWS * PANEL, rows -= ROWS)
-    Kind::template multiply<ROWS>(x, stride, w, count, part, first);
+    Math::template multiply<ROWS>(x, stride, w, count, part, first);
   switch (rows) {
-    case 5: return Kind::template multiply<5>(x, stride, w, count, part, first);
-    case 4: return Kind::template multiply<4>(x, stride, w, count, part, first);
-    case 3: return Kind::template multiply<3>(x, stride, w, count, part, first);
-    case 2: return Kind::template multiply<2>(x, stride, w, count, part, first);
-    case 1: return Kind::template multiply<1>(x, stride, w, count, part, first);
+    case 5: return Math::template multiply<5>(x, stride, w, count, part, first);
+    case 4: return Math::template multiply<4>(x, stride, w, count, part, first);
+    case 3: return Math::template multiply<3>(x, stride, w, count, part, first);
+    case 2: return Math::template multiply<2>(x, stride, w, count, part, first);
+    case 1: return Math::template multiply<1>(x, stride, w, count, part, first);
   }
 }
 
@@ -387,7 +400,7 @@ void sum_up(const Kind& kind, const typename Kind::X* x, int64_t stride, int64_t
       for (int64_t b = 0; b < blocks; b += most) {
         const int64_t count = blocks - b < most ? blocks - b : most;
         Kind::template decode<BITS>(codes + b * block_bytes(BITS), count, terms, chunk);
-        multiply(kind, first + b * depth(BITS), stride, rows * P, chunk, count * depth(BITS), part, b == 0);
+        multiply<typename Kind::Math>(kind.tiles, first + b * depth(BITS), stride, rows * P, chunk, count * depth(BITS), part, b == 0);
       }
     for (int j = 0; j < 4; j++) {
       const Floats scale = floats_at(a.weight_scale + group * PANEL + j * LANES);
