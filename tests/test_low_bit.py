@@ -175,12 +175,15 @@ def test_more_rows_of_bfloat16_than_are_worth_it_meet_decoded_weights() -> None:
     assert torch.equal(low_bit.linear_float(*args), low_bit.linear_decoded(*args))
 
 
-@pytest.mark.parametrize("rows", [30, 479, 480, 481, 1000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+MANY = [torch.float16, torch.float32] if AVX512 else [torch.float16]
+"""Of which any number of rows meets codes; of others many meet decoded weights."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [*((dtype, 30) for dtype in FLOATS), *((dtype, n) for dtype in MANY for n in (479, 480, 481, 1000))]
+)
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
-def test_any_number_of_rows_is_multiplied_as_each_of_them_alone(dtype: torch.dtype, to: torch.dtype, rows: int) -> None:
-    if rows > 30 and (dtype == torch.bfloat16 or (dtype == torch.float32 and not AVX512)):
-        pytest.skip("so many rows meet decoded weights")
+def test_any_number_of_rows_is_multiplied_as_each_of_them_alone(dtype: torch.dtype, rows: int, to: torch.dtype) -> None:
     weight = Weight(4, False, 256, 3, 100)
     x = weight.rows(rows).to(dtype)
     for op, end in (
