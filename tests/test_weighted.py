@@ -38,11 +38,11 @@ def test_the_range_is_no_worse_than_the_one_given(seed, form):
 
 @given(seeds, forms)
 def test_an_outlier_without_weight_is_cut(seed, form):
-    """To less than half of it: with three bits the search, which goes from one end to the other, may stop before the least."""
+    """With three bits the search, which goes from one end to the other, may stop before the least: at 8.24, for one."""
     x, weights = values(seed)
     weights[1, 0] = 0
     without = least_weighted(x, weights, *torch.aminmax(x, dim=1), form)
-    assert without[1][1] < 20 < least_weighted(x, weights.index_fill(1, torch.tensor(0), 1e4), *without, form)[1][1]
+    assert without[1][1] < (8 if form.bits > 3 else 10) < least_weighted(x, weights.index_fill(1, torch.tensor(0), 1e4), *without, form)[1][1]
 
 
 @given(seeds, forms)
