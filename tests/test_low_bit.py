@@ -105,7 +105,8 @@ def bound(weight: Weight, x: Tensor, values: Tensor, bias: Tensor | None, y: Ten
     grouped, each = x.double().abs().unflatten(1, groups), values.abs().unflatten(1, groups)
     half_steps = 2.0 ** (1 - bits_of(x.dtype, weight.size)) * grouped.amax(-1) @ each.sum(-1).t()
     inputs = 1.02 * half_steps if AVX512 else weight.size * 2.0**-24 * size
-    return 1.01 * (groups[0] + 6) * 2.0**-24 * size + 1.01 * inputs + 0.51 * limits.eps * y.double().abs() + limits.tiny
+    count = groups[0] + (6 if AVX512 else 3)
+    return 1.01 * count * 2.0**-24 * size + 1.01 * inputs + 0.51 * limits.eps * y.double().abs() + limits.tiny
 
 
 def bits_of(dtype: torch.dtype, size: int) -> int:
