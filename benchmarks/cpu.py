@@ -110,10 +110,10 @@ def _pixels(size: int) -> Batch:
 class Square(nn.Module):
     """One linear layer of 4096 x 4096, of as many copies as the caches cannot hold: a call takes the next one."""
 
-    def __init__(self, width: int = 4096, copies: int = 1) -> None:
+    def __init__(self, width: int = 4096, copies: int = 1, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(copies))
+        self.layers = nn.ModuleList(nn.Linear(width, width, dtype=dtype) for _ in range(copies))
 
     def forward(self, x: Tensor) -> Any:
         y = x
@@ -172,8 +172,8 @@ def _token() -> Batch:
     return {"input_ids": torch.tensor([[100]])}
 
 
-def _rows(count: int, width: int = 4096) -> Batch:
-    return {"x": torch.randn(count, width, generator=torch.Generator().manual_seed(0))}
+def _rows(count: int, width: int = 4096, dtype: torch.dtype = torch.float32) -> Batch:
+    return {"x": torch.randn(count, width, generator=torch.Generator().manual_seed(0)).to(dtype)}
 
 
 def cases() -> Iterator[Case]:
@@ -194,6 +194,10 @@ def cases() -> Iterator[Case]:
         yield Case("decode", name, model, _token, ("W8A8", "W8A16", "W4A8", "W4A16"))
     for rows in (128, 512, 2048):
         yield Case("linear", f"4096x4096, M={rows}", Square, partial(_rows, rows), ("W8A8", "W4A8"))
+    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        for rows in (32, 64, 256):
+            batch = partial(_rows, rows, dtype=dtype)
+            yield Case("linear", f"4096x4096, M={rows}, {name}", partial(Square, dtype=dtype), batch, ("W4A16", "W8A16"))
 
 
 # ---- sides: (model, batch) -> a call that returns the output ------------------------------------------------------------
