@@ -33,7 +33,7 @@ from .features import has_amx, has_avx2, has_avx512, has_bf16, has_vnni
 FOLDER = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 HEADERS = (
-    "simd.h", "avx2.h", "avx512.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h",
+    "simd.h", "avx2.h", "avx512.h", "activation.h", "linear.h", "low_bit.h", "memory.h", "rows.h", "runs.h",
     "attention.h", "softmax.h", "tiles.h", "transpose.h",
 )  # fmt: skip
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off")

@@ -17,6 +17,7 @@
 
 #include "low_bit.h"
 #include "memory.h"
+#include "runs.h"
 #ifdef WITH_AMX
 #include "tiles.h"
 #endif
@@ -452,6 +453,7 @@ int run(const LowBit& a, bool tiles, int threads) {
       default: return band<Kind, 8>;
     }
   }();
+  Runs runs(bands * panels, threads);
 #pragma omp parallel num_threads(threads) if (a.M * a.N * inner > 32768)
   {
 #ifdef WITH_AMX
@@ -463,11 +465,10 @@ int run(const LowBit& a, bool tiles, int threads) {
       const int64_t m = i / a.groups, g = i % a.groups;
       kind.prepare(m, g, own ? own + m * P * stride + g * padded : nullptr, stride, padded, told + i * Kind::TOLD);
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < bands * panels; task++) {
+    runs.each([&](int64_t task) {
       const int64_t m = task % bands * HEIGHT;
       one(kind, x, stride, step, m, m + HEIGHT < a.M ? HEIGHT : a.M - m, task / bands);
-    }
+    });
 #ifdef WITH_AMX
     if (tiles) _tile_release();
 #endif
