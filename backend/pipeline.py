@@ -24,6 +24,7 @@ from fxquant.plan import Plan
 from fxquant.recipe import Recipe, rule_names
 from fxquant.report import Artifact, GraphSite, register, rules_of
 
+from .chain_calls import chain_calls
 from .cpu import build
 from .first_calls import FirstCalls
 from .fuse_attention import fuse_attention
@@ -89,6 +90,7 @@ def _through_all_stages(graph: fx.GraphModule, settings: Settings, differentiabl
     generated = written(graph, {site.key: site.path for site in sites})
     folded = fold(graph)
     stages.show("folded", folded.runtime, f"{len(folded.units)} units of weights were split off")
+    stages.show("chained", folded.runtime, f"{chain_calls(folded.runtime, fuel)} calls are part of others")
     stages.tell(fuel)
     run = compile_runtime(folded.runtime, settings.inductor)
 

@@ -253,7 +253,7 @@ def test_every_stage_is_written_and_runs(tmp_path: object) -> None:
     compiled(Block(), trace=str(tmp_path))(x)
     stages = sorted(p.name for p in tmp_path.glob("graph*/*.py"))
     assert [name[3:-3] for name in stages] == [
-        "captured", "canonical", "equalized", "annotated", "quantized", "lowered", "folded",
+        "captured", "canonical", "equalized", "annotated", "quantized", "lowered", "folded", "chained",
     ]  # fmt: skip
     block, results = Block(), []
     for path in sorted(tmp_path.glob("graph*/*.py"))[:5]:  # those that take what Dynamo's graph takes

@@ -17,10 +17,13 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // in older headers
@@ -399,6 +402,163 @@ void low_bit_decode_op(Tensor weight, Tensor weight_scale, Tensor terms, int64_t
   low_bit_decode(told, threads());
 }
 
+// ---- several calls as one -----------------------------------------------------------------------------------------------
+// A program has a line for each call: the name of an op, and its arguments by kind. `%3` is value 3: first come the given tensors,
+// then what the calls return; `-` no tensor, `[2` a list of the two that follow, `i` an integer, `b` a boolean, `f` a number,
+// `s` a name, `t` a dtype. The line `return` lists what is handed back (chain.py writes it).
+struct Argument {
+  char kind;
+  int64_t number = 0;
+  double real = 0;
+  std::string text;
+};
+
+struct Values {
+  std::vector<Maybe> all;
+  const Argument* next;  // of the call at hand
+
+  const Argument& take(char kind) {
+    need(next->kind == kind, "a program has an argument of kind ", next->kind, " where ", kind, " is needed");
+    return *next++;
+  }
+
+  const Tensor& value(int64_t number) const {
+    need(number >= 0 && (size_t)number < all.size() && all[number], "a program reads value ", number, ", which there is not");
+    return *all[number];
+  }
+};
+
+template <typename T> struct Read;
+template <> struct Read<int64_t> { static int64_t from(Values& v) { return v.take('i').number; } };
+template <> struct Read<bool> { static bool from(Values& v) { return v.take('b').number; } };
+template <> struct Read<double> { static double from(Values& v) { return v.take('f').real; } };
+template <> struct Read<std::string> { static std::string from(Values& v) { return v.take('s').text; } };
+template <> struct Read<Type> { static Type from(Values& v) { return (Type)v.take('t').number; } };
+template <> struct Read<Tensor> { static Tensor from(Values& v) { return v.value(v.take('%').number); } };
+template <> struct Read<Maybe> {
+  static Maybe from(Values& v) { return v.next->kind == '-' ? (v.next++, Maybe()) : Maybe(Read<Tensor>::from(v)); }
+};
+template <typename T> struct Read<std::vector<T>> {
+  static std::vector<T> from(Values& v) {
+    std::vector<T> items((size_t)0);
+    for (int64_t left = v.take('[').number; left > 0; left--) items.push_back(Read<T>::from(v));
+    return items;
+  }
+};
+
+void keep(Values& v, const Tensor& result) { v.all.emplace_back(result); }
+
+template <typename... T>
+void keep(Values& v, const std::tuple<T...>& results) { std::apply([&](const auto&... one) { (v.all.emplace_back(one), ...); }, results); }
+
+template <typename R, typename... A>
+void call(R (*op)(A...), Values& v) {
+  std::tuple<A...> given{Read<A>::from(v)...};  // in braces they are read in order
+  keep(v, std::apply(op, std::move(given)));
+}
+
+template <auto OP>
+void calling(Values& v) { call(OP, v); }
+
+struct Callable { const char* name; void (*call)(Values&); };
+
+constexpr Callable CALLABLE[] = {
+  {"quantize_rows_u8", calling<&quantize_rows_u8>},
+  {"normalize_rows_u8", calling<&normalize_rows_u8>},
+  {"linear_u8s8", calling<&linear_u8s8>},
+  {"linear_rows_u8s8", calling<&linear_rows_u8s8>},
+  {"linear_gated_u8s8", calling<&linear_gated_u8s8>},
+  {"attention", calling<&attention_op>},
+  {"attend_u8s8", calling<&attend_u8s8>},
+  {"low_bit_linear_u8", calling<&low_bit_product_u8<false>>},
+  {"low_bit_linear_float", calling<&low_bit_product_float<false>>},
+  {"low_bit_gated_u8", calling<&low_bit_product_u8<true>>},
+  {"low_bit_gated_float", calling<&low_bit_product_float<true>>},
+};
+
+struct Step {
+  void (*call)(Values&);
+  std::vector<Argument> arguments;
+  std::vector<int64_t> last;  // the values that no later call reads
+};
+
+struct Steps {
+  std::vector<Step> calls;
+  std::vector<int64_t> returned;
+};
+
+Type type_of(const std::string& name) {
+  static constexpr const char* names[] = {"float32", "bfloat16", "float16"};
+  static constexpr Type types[] = {Type::Float, Type::BFloat16, Type::Half};
+  return types[number_of(name, names)];
+}
+
+Steps parse(const std::string& text) {
+  Steps steps;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    std::istringstream words(line);
+    std::string name, word;
+    words >> name;
+    Step step{};
+    for (const Callable& one : CALLABLE)
+      if (name == one.name) step.call = one.call;
+    need(step.call || name == "return", "there is no op '", name, "' that a program may call");
+    while (words >> word) {
+      Argument a{word[0]};
+      const std::string rest = word.substr(1);
+      switch (a.kind) {
+        case '%': case '[': case 'i': case 'b': a.number = std::stoll(rest); break;
+        case 'f': a.real = std::stod(rest); break;
+        case 's': a.text = rest; break;
+        case 't': a.number = (int64_t)type_of(rest); break;
+        case '-': break;
+        default: refuse("a program has the word '", word, "', which is no argument");
+      }
+      if (step.call) step.arguments.push_back(a);
+      else steps.returned.push_back(a.number);
+    }
+    if (step.call) {
+      step.arguments.push_back({'.'});  // which is of no kind that is asked for
+      steps.calls.push_back(step);
+    }
+  }
+  std::vector<bool> read;
+  const auto first = [&](int64_t value) {  // seen from the end
+    if ((size_t)value >= read.size()) read.resize(value + 1);
+    return !read[value] && (read[value] = true);
+  };
+  for (int64_t value : steps.returned) first(value);
+  for (size_t i = steps.calls.size(); i-- > 0;)
+    for (const Argument& a : steps.calls[i].arguments)
+      if (a.kind == '%' && first(a.number)) steps.calls[i].last.push_back(a.number);
+  return steps;
+}
+
+// Programs are read once. There is one for each run of neighbours in a compiled graph, so they are kept.
+std::shared_ptr<const Steps> steps_of(const std::string& program) {
+  static std::mutex& one_at_a_time = *new std::mutex;
+  static auto& known = *new std::unordered_map<std::string, std::shared_ptr<const Steps>>;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  std::shared_ptr<const Steps>& found = known[program];
+  if (!found) found = std::make_shared<const Steps>(parse(program));
+  return found;
+}
+
+std::vector<Tensor> chain(std::vector<Tensor> given, std::string program) {
+  const std::shared_ptr<const Steps> steps = steps_of(program);
+  Values values{{given.begin(), given.end()}, nullptr};
+  given.clear();
+  for (const Step& step : steps->calls) {
+    values.next = step.arguments.data();
+    step.call(values);
+    for (int64_t value : step.last) values.all[value].reset();
+  }
+  std::vector<Tensor> results;
+  for (int64_t number : steps->returned) results.push_back(values.value(number));
+  return results;
+}
+
 }  // namespace
 
 extern "C" {
@@ -421,6 +581,7 @@ void register_ops() {
       .impl("low_bit_linear_float", TORCH_BOX(&low_bit_product_float<false>))
       .impl("low_bit_gated_u8", TORCH_BOX(&low_bit_product_u8<true>))
       .impl("low_bit_gated_float", TORCH_BOX(&low_bit_product_float<true>))
-      .impl("low_bit_decode", TORCH_BOX(&low_bit_decode_op));
+      .impl("low_bit_decode", TORCH_BOX(&low_bit_decode_op))
+      .impl("chain", TORCH_BOX(&chain));
 }
 }
