@@ -1,7 +1,7 @@
 """Neighbouring calls of our CPU ops become one op (cpu/chain.py): of an encoder, all its layers.
 
-Runs of calls are found in the order of the graph. What depends on a run goes behind it, if no later call of the run waits for that;
-nothing is moved past an op that writes to its arguments.
+Runs of calls are found in the order of the graph. What depends on a run goes behind it, if no later call of the run waits for
+that; nothing is moved past an op that writes to its arguments.
 """
 
 from operator import getitem
@@ -20,7 +20,7 @@ CALLS = {op: name for name, op in OPS.items()}
 
 
 def chain_calls(gm: fx.GraphModule, fuel: Fuel) -> int:
-    """Chain every run of two calls or more, in place, in a graph whose weights are inputs. Returns how many calls were chained."""
+    """Chain every run of two calls or more, in place, in a graph whose weights are inputs. Returns how many calls that were."""
     count, run = 0, _Run()
     for node in list(gm.graph.nodes):
         joins = _can_be_chained(node)
@@ -71,14 +71,15 @@ class _Run:
         numbers = {node: Value(i) for i, node in enumerate(given)}
         program, results, count = list[str](), list[fx.Node](), len(given)
         for call in self.calls:
-            program.append(line(CALLS[call.target], fx.map_arg(list(call.args), numbers.__getitem__)))  # type: ignore[index]  # an op
+            program.append(line(CALLS[call.target], fx.map_arg(list(call.args), numbers.__getitem__)))
             outputs: Any = value(call)
+            named: list[tuple[Any, fx.Node]] = [(0, call)]  # the number of an output, and its node
             if isinstance(outputs, Tensor):
-                outputs, named = (outputs,), [(0, call)]
+                outputs = (outputs,)
             else:
                 named = [(user.args[1], user) for user in call.users]
             for i, node in named:
-                numbers[node] = Value(count + i)  # type: ignore[operator]  # the number of an output
+                numbers[node] = Value(count + i)
                 results += [node] if any(user not in self.inside for user in node.users) else []
             count += len(outputs)
         program.append(line("return", [numbers[node] for node in results]))

@@ -42,8 +42,9 @@ def product(x: Tensor, seed: int) -> Tensor:
 
 def rows(x: Tensor, seed: int) -> Tensor:
     *codes, total, _ = ops.linear_rows(
-        *ops.quantize_rows(x, 8, True), *WEIGHTS[seed], K, "none", x.dtype, x, None, "layer", None, None, 1e-5, 6, False, True, False
-    )
+        *ops.quantize_rows(x, 8, True), *WEIGHTS[seed], K, "none", x.dtype,
+        x, None, "layer", None, None, 1e-5, 6, False, True, False,
+    )  # fmt: skip
     y: Tensor = low_bit.linear_u8(*codes, *LOW_BIT[seed], None, 4, 32, K, "none", x.dtype)
     return y + total if seed % 2 else y
 
@@ -63,7 +64,8 @@ def few_bits(x: Tensor, seed: int) -> Tensor:
 
 def heads(x: Tensor, seed: int) -> Tensor:
     q = x.unflatten(-1, (4, 16)).transpose(1, 2)
-    y: Tensor = ops.attention(q, q[:, : 1 + seed % 2 * 3], q[:, : 1 + seed % 2 * 3], None, False, 0.25).transpose(1, 2).flatten(2)
+    k = q[:, : 1 + seed % 2 * 3]
+    y: Tensor = ops.attention(q, k, k, None, False, 0.25).transpose(1, 2).flatten(2)
     return y
 
 
@@ -138,7 +140,9 @@ def test_every_op_can_be_called() -> None:
         "quantize_rows_u8": [x, 8, False],
         "normalize_rows_u8": [x, x, torch.rand(K), "rms", torch.rand(K), None, 1e-6, 8, False, True, True],
         "linear_u8s8": [*codes, *weight(1), K, "relu", torch.bfloat16],
-        "linear_rows_u8s8": [*codes, *weight(1), K, "silu", torch.float16, None, None, "none", None, None, 0.1, 4, True, False, True],
+        "linear_rows_u8s8": [
+            *codes, *weight(1), K, "silu", torch.float16, None, None, "none", None, None, 0.1, 4, True, False, True,
+        ],
         "linear_gated_u8s8": [*codes, *weight(1, 2 * K), K, "silu", torch.float32, 8, False],
         "attention": [*torch.randn(3, 2, 4, 6, 16), torch.rand(2, 1, 1, 6) > 0.2, False, 0.3],
         "attend_u8s8": [*(t[None] for t in codes), *([w] * 3 for w in weight(2)), 2, torch.float32, None, True, 0.3, 8, False],

@@ -1,4 +1,4 @@
-"""Several calls of the C++ kernels as one op: what Python and PyTorch spend on a call is no small part of a product of few rows.
+"""Several calls of the C++ kernels as one op: what PyTorch spends on a call is no small part of a product of few rows.
 
 A *program* is text, so that it is kept on disk with the graph that holds it. It has a line for each call: the op's name and its
 arguments, each a word that begins with its kind. ``%3`` is value 3, and values are first the given tensors, then what the calls
