@@ -141,6 +141,12 @@ Tensor empty(const Sizes& sizes, Type type) {
   return strided(sizes, strides, type);
 }
 
+Tensor nothing(Type type) {  // of shape [0], where a result is not wanted: always the same
+  static const Tensor &floats = *new Tensor(empty({0}, Type::Float)), &brains = *new Tensor(empty({0}, Type::BFloat16)),
+                      &halves = *new Tensor(empty({0}, Type::Half));
+  return type == Type::Float ? floats : type == Type::BFloat16 ? brains : halves;
+}
+
 Sizes with_last(const Tensor& like, int64_t last) {
   Sizes sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = last;
@@ -184,7 +190,7 @@ struct Pass {  // what C++ is told, the tensors that it reads, and those that it
     Sizes padded = sizes, each = sizes;
     padded.back() = (inner + DEPTH - 1) / DEPTH * DEPTH, each.back() = 1;
     Tensor codes = empty(padded, Type::Byte), scale = empty(each, Type::Float), zero = empty(each, Type::Int);
-    Tensor total = empty(how.keep_sum ? sizes : Sizes{0}, type), normed = empty(how.keep_norm ? sizes : Sizes{0}, type);
+    const Tensor total = how.keep_sum ? empty(sizes, type) : nothing(type), normed = how.keep_norm ? empty(sizes, type) : nothing(type);
     told = {at(residual), at(scaled_by), at(gain), at(shift), dtype(type), gain ? dtype(*gain) : shift ? dtype(*shift) : F32,
             norm_of(how.norm), (float)how.eps,
             how.keep_sum ? (char*)total.data_ptr() : nullptr, how.keep_norm ? (char*)normed.data_ptr() : nullptr,
