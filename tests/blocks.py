@@ -55,7 +55,7 @@ def pre_rms(x, G, WO, G2, WG, WU, WD):
 Block = Callable[..., Tensor]
 SHAPES = {
     **dict.fromkeys(("G", "B", "G2", "B2", "BO"), (D,)), "BU": (H,),
-    **dict.fromkeys(("WQ", "WO"), (D, D)), **dict.fromkeys(("WG", "WU"), (H, D)), "WD": (D, H),
+    **dict.fromkeys(("WQ", "WK", "WV", "WO"), (D, D)), **dict.fromkeys(("WG", "WU"), (H, D)), "WD": (D, H),
     "WH": (D, D // 4), "WN": (D - 8, D),
 }  # fmt: skip
 
@@ -64,6 +64,7 @@ RECIPES = {
     "no transforms": Recipe.preset("W8A8", transforms=()),
     "static": Recipe(weights=CHANNELS, activations=STATIC),
     "static symmetric": Recipe(weights=CHANNELS, activations=Spec(IntAffine(8), PerTensor(), Given(-4.0, 4.0))),
+    "attention": Recipe.preset("W8A8", transforms=(), attention=TOKENS[True]),
     "ternary": Recipe(weights=Spec(IntAffine(2), PerChannel(0)), activations=TOKENS[False]),
     "W3A8": Recipe(weights=Spec(IntAffine(3), PerGroup(64)), activations=TOKENS[True]),
     "W4A8, WU W2": Recipe.preset("W4A8", overrides=(Override("WU", "weights", Spec(IntAffine(2), PerGroup(64))),)),
@@ -98,6 +99,15 @@ def quantized(
     graph.output(graph.graph_copy(made.graph, {}))
     gm = fx.GraphModule(made, graph)
     gm.meta["fake_mode"] = made.meta["fake_mode"]
+    return gm
+
+
+def on_gpu(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm``, whose fake values are on a GPU from now on."""
+    for node in gm.graph.nodes:
+        if isinstance(x := node.meta.get("val"), Tensor):
+            with gm.meta["fake_mode"]:
+                node.meta["val"] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
     return gm
 
 

@@ -18,6 +18,7 @@ from blocks import (
     D,
     data,
     norm,
+    on_gpu,
     post_ln,
     pre_ln,
     pre_rms,
@@ -469,11 +470,7 @@ def written_out(x, y, z):
 def attending(fn, recipe, dtype=torch.float16, *, gpu=False):
     """``fn``, rounded; ``gpu``: moved there once it is traced, as fused attention cannot be for a GPU that is not here."""
     gm = quantized(fn, "cpu", dtype, recipe)
-    for node in gm.graph.nodes if gpu else ():
-        if isinstance(x := node.meta.get("val"), Tensor):
-            with gm.meta["fake_mode"]:
-                node.meta["val"] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-    return gm
+    return on_gpu(gm) if gpu else gm
 
 
 def lowered_attention(gm):

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from blocks import data, post_ln, pre_rms, quantized
+from blocks import data, on_gpu, post_ln, pre_rms, quantized
 from torch import nn
+from torch.nn import functional as F
 
 import fxquant
 from fxquant.backend.fuse_norms import fuse_norms
 from fxquant.backend.kernels import KERNELS
+from fxquant.backend.kernels.attention_triton import lower_int8_attention
 from fxquant.backend.lower import lower
 from fxquant.backend.triton.fuse_epilogue import fuse_epilogues
 from fxquant.backend.triton.written import KernelCall, written
@@ -99,6 +101,30 @@ def test_all_kernels_are_printed_once_with_the_sites_of_all_layers():
     assert len(report.kernels) == 2 * 6
     assert text.count("def w8a8_pair") == 1
     assert "# for layers.*.WG.weight (2), layers.*.WU.weight (2)" in text
+
+
+def attends(x, WQ, WK, WV, WO):
+    q, k, v = (F.linear(x, w).unflatten(-1, (4, 32)).transpose(1, 2) for w in (WQ, WK, WV))
+    return F.linear(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2), WO)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_attention_of_codes_is_for_the_sites_that_it_reads(dynamic: bool) -> None:
+    gm = on_gpu(quantized(attends, "cpu", torch.float16, "attention", dynamic=dynamic))
+    lower_int8_attention(gm, Fuel())
+    outcome = lower(gm, KERNELS, Fuel())
+    calls = written(gm, {key: key.split(":")[1] for key in outcome})
+    (call,) = [call for call in calls if "int8_attention" in str(call.target)]
+    assert call.sites == ("WQ", "WK", "WV")
+    report, _, _ = reported(calls, ["WQ", "WK", "WV", "WO"])
+    source = report.source("layers.0.WK")
+    assert source.index("def row_kernel") < source.index("def w8a8") < source.index("def int8_attention_causal")
+    assert "4 heads, 5 queries and 5 keys of 32, values of 32, tile 16 x 64" in source
+    assert "int8_attention" not in report.source("layers.0.WO")
+    compile(source, "kernel", "exec")
+    many = report.source("layers.0.WQ", tokens=4096)
+    assert "1 x 4 heads, 4096 queries and 4096 keys" in many and "m < L" not in many and "m < L" in source
+    assert str(report.kernels).count("def int8_attention_causal") == 1
 
 
 def test_a_name_that_is_no_site_is_told_the_nearest():
