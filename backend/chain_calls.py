@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.tidy import is_impure, value
 
-from .cpu.chain import OPS, Value, chain, line
+from .cpu.chain import OPS, Value, chain, sentence
 
 CALLS = {op: name for name, op in OPS.items()}
 
@@ -71,7 +71,7 @@ class _Run:
         numbers = {node: Value(i) for i, node in enumerate(given)}
         program, results, count = list[str](), list[fx.Node](), len(given)
         for call in self.calls:
-            program.append(line(CALLS[call.target], fx.map_arg(list(call.args), numbers.__getitem__)))
+            program.append(sentence(CALLS[call.target], fx.map_arg(list(call.args), numbers.__getitem__)))
             outputs: Any = value(call)
             named: list[tuple[Any, fx.Node]] = [(0, call)]  # the number of an output, and its node
             if isinstance(outputs, Tensor):
@@ -82,9 +82,9 @@ class _Run:
                 numbers[node] = Value(count + i)
                 results += [node] if any(user not in self.inside for user in node.users) else []
             count += len(outputs)
-        program.append(line("return", [numbers[node] for node in results]))
+        program.append(sentence("return", [numbers[node] for node in results]))
         with gm.graph.inserting_after(self.calls[-1]):
-            node = last = gm.graph.call_function(chain, (list(given), "\n".join(program)))
+            node = last = gm.graph.call_function(chain, (list(given), "; ".join(program)))
         node.meta["val"] = [value(result) for result in results]
         for i, result in enumerate(results):
             with gm.graph.inserting_after(last):

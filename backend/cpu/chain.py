@@ -1,10 +1,10 @@
 """Several calls of the C++ kernels as one op: what PyTorch spends on a call is no small part of a product of few rows.
 
-A *program* is text, so that it is kept on disk with the graph that holds it. It has a line for each call: the op's name and its
-arguments, each a word that begins with its kind. ``%3`` is value 3, and values are first the given tensors, then what the calls
-return, one after another; ``-`` is no tensor, ``[2`` a list of the two arguments that follow. The others are ``i384``, ``b1``,
-``f0x1.8p+0``, ``snone`` and ``tfloat32``: an integer, a boolean, a number to the last bit, a name, a dtype. The last line lists
-the values that come out. ops.cpp runs it.
+A *program* is text, so that it is kept on disk with the graph that holds it, or becomes a literal in Inductor's C++. It has a
+sentence for each call, between semicolons: the op's name and its arguments, each a word that begins with its kind. ``%3`` is
+value 3, and values are first the given tensors, then what the calls return, one after another; ``-`` is no tensor, ``[2`` a
+list of the two arguments that follow. The others are ``i384``, ``b1``, ``f0x1.8p+0``, ``snone`` and ``tfloat32``: an integer, a
+boolean, a number to the last bit, a name, a dtype. The last sentence lists the values that come out. ops.cpp runs it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,8 +29,8 @@ class Value(int):
     """The number of a value."""
 
 
-def line(name: str, arguments: Sequence[Any]) -> str:
-    """A line of a program: numbers of class ``Value`` are tensors. Raises TypeError for what no program can hold."""
+def sentence(name: str, arguments: Sequence[Any]) -> str:
+    """A sentence of a program: numbers of class ``Value`` are tensors. Raises TypeError for what no program can hold."""
     return " ".join([name, *(word for argument in arguments for word in _words(argument))])
 
 
@@ -48,7 +48,7 @@ def _words(x: Any) -> Iterator[str]:
             yield f"f{x.hex()}"
         case torch.dtype():
             yield f"t{str(x).removeprefix('torch.')}"
-        case str() if x and not any(c.isspace() for c in x):
+        case str() if x.isidentifier():
             yield f"s{x}"
         case list() | tuple():
             yield f"[{len(x)}"
@@ -85,7 +85,7 @@ def _arguments(words: Iterator[str], values: Sequence[Tensor]) -> Iterator[Any]:
 def chain_reference(given: Sequence[Tensor], program: str) -> list[Tensor]:
     """What ``program`` means: its calls one after another. On fake tensors, too, which is how its results get their shapes."""
     values = list(given)
-    *calls, last = program.splitlines()
+    *calls, last = program.split(";")
     for name, *words in map(str.split, calls):
         results = OPS[name](*_arguments(iter(words), values))
         values += [results] if isinstance(results, Tensor) else results

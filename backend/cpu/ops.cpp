@@ -141,7 +141,11 @@ Tensor empty(const Sizes& sizes, Type type) {
   return strided(sizes, strides, type);
 }
 
-Tensor nothing(Type type) {  // of shape [0], where a result is not wanted: always the same
+thread_local bool chained = false;  // what is returned goes to another op of ours
+
+// Of shape [0], where a result is not wanted. PyTorch would not have an op return one tensor twice.
+Tensor nothing(Type type) {
+  if (!chained) return empty({0}, type);
   static const Tensor &floats = *new Tensor(empty({0}, Type::Float)), &brains = *new Tensor(empty({0}, Type::BFloat16)),
                       &halves = *new Tensor(empty({0}, Type::Half));
   return type == Type::Float ? floats : type == Type::BFloat16 ? brains : halves;
@@ -409,9 +413,9 @@ void low_bit_decode_op(Tensor weight, Tensor weight_scale, Tensor terms, int64_t
 }
 
 // ---- several calls as one -----------------------------------------------------------------------------------------------
-// A program has a line for each call: the name of an op, and its arguments by kind. `%3` is value 3: first come the given tensors,
-// then what the calls return; `-` no tensor, `[2` a list of the two that follow, `i` an integer, `b` a boolean, `f` a number,
-// `s` a name, `t` a dtype. The line `return` lists what is handed back (chain.py writes it).
+// A program has a sentence for each call, ended by a semicolon: the name of an op, and its arguments by kind. `%3` is value 3: first
+// come the given tensors, then what the calls return; `-` no tensor, `[2` a list of the two that follow, `i` an integer, `b` a
+// boolean, `f` a number, `s` a name, `t` a dtype. The sentence `return` lists what is handed back (chain.py writes it).
 struct Argument {
   char kind;
   int64_t number = 0;
@@ -501,9 +505,9 @@ Type type_of(const std::string& name) {
 
 Steps parse(const std::string& text) {
   Steps steps;
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line);) {
-    std::istringstream words(line);
+  std::istringstream sentences(text);
+  for (std::string sentence; std::getline(sentences, sentence, ';');) {
+    std::istringstream words(sentence);
     std::string name, word;
     words >> name;
     Step step{};
@@ -551,12 +555,18 @@ std::shared_ptr<const Steps> steps_of(const std::string& program) {
   return found;
 }
 
+struct Chained {
+  Chained() { chained = true; }
+  ~Chained() { chained = false; }
+};
+
 std::vector<Tensor> chain(std::vector<Tensor> given, std::string program) {
   const std::shared_ptr<const Steps> steps = steps_of(program);
   Values values{{given.begin(), given.end()}, nullptr};
   given.clear();
   for (const Step& step : steps->calls) {
     values.next = step.arguments.data();
+    const Chained on;
     step.call(values);
     for (int64_t value : step.last) values.all[value].reset();
   }
