@@ -136,14 +136,16 @@ def test_its_meaning_in_plain_pytorch(isa: str) -> None:
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("b", "h"), [(1, 6), (5, 6), (1, 3), (3, 3), (1, 4)])
+@pytest.mark.parametrize(
+    ("b", "h", "n"), [(1, 6, 100), (5, 6, 100), (1, 3, 100), (3, 3, 100), (1, 4, 100), (1, 3, 200), (1, 3, 769)]
+)
 @pytest.mark.parametrize("kind", ["none", "of heads"])
-def test_codes_do_not_depend_on_the_number_of_threads(isa: str, b: int, h: int, kind: str) -> None:
-    """Of 1, 3, 9 or 15 groups of heads, cut along queries where some threads would be left without one."""
-    codes, weights = operands(b, 100, 64, 192, True, torch.float32)
-    mask = mask_of(kind, b, h, 100, torch.float32)
+def test_codes_do_not_depend_on_the_number_of_threads(isa: str, b: int, h: int, n: int, kind: str) -> None:
+    """Groups of heads are cut along queries, in up to 16 bands, where some threads would be left without one."""
+    codes, weights = operands(b, n, 64, 192, True, torch.float32)
+    mask = mask_of(kind, b, h, n, torch.float32)
     threads, found = torch.get_num_threads(), []
-    for number in (1, 2, 3, 5):
+    for number in (1, 2, 3, 5, 16):
         torch.set_num_threads(number)
         found.append(on(isa, ops.attend, *codes, *weights, h, torch.float32, mask, mask is None, 0.2, 8, False))
     torch.set_num_threads(threads)

@@ -1,6 +1,8 @@
 """Calls that became one op compute what they computed, to the last bit, and nothing is read before or after it should be."""
 
+import math
 import warnings
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,11 @@ def written(x: Tensor, seed: int) -> Tensor:
     return z + product(y, seed)
 
 
-STEPS = (product, rows, attended, few_bits, heads, written, lambda x, seed: x + 0.5, lambda x, seed: torch.relu(x))
+def noisy(x: Tensor, seed: int) -> Tensor:
+    return x + torch.rand_like(x)
+
+
+STEPS = (product, rows, attended, few_bits, heads, written, lambda x, seed: x + 0.5, noisy)
 
 
 def traced(steps: list[tuple[int, int, int]]) -> tuple[fx.GraphModule, Tensor]:
@@ -99,12 +105,14 @@ def traced(steps: list[tuple[int, int, int]]) -> tuple[fx.GraphModule, Tensor]:
 def test_a_graph_computes_the_same_to_the_last_bit(steps: list[tuple[int, int, int]]) -> None:
     gm, x = traced(steps)
     calls = [n for n in gm.graph.nodes if n.target in OPS.values()]
+    torch.manual_seed(0)
     expected = [y.clone() for y in gm(x.clone())]
     count = chain_calls(gm, Fuel())
     gm.graph.lint()
     chained = gm.graph.find_nodes(op="call_function", target=chain)
     left = [n for n in gm.graph.nodes if n.target in OPS.values()]
     assert len(left) == len(calls) - count and (count >= 2 * len(chained) > 0 or count == 0)
+    torch.manual_seed(0)
     assert all(torch.equal(y, wanted) for y, wanted in zip(gm(x.clone()), expected, strict=True))
     for node in chained:
         given, program = node.args
@@ -113,19 +121,46 @@ def test_a_graph_computes_the_same_to_the_last_bit(steps: list[tuple[int, int, i
         assert shapes == [(v.shape, v.stride(), v.dtype) for v in chain_reference([n.meta["val"] for n in given], program)]
 
 
-def test_two_calls_that_wait_for_nothing_between_them_are_one() -> None:
-    gm, x = traced([(0, 1, 0), (6, 0, 0), (0, 2, 1)])  # a product, a sum of it, and a product of the first product
+def test_what_stands_between_and_reads_nothing_comes_before() -> None:
+    gm, x = traced([(0, 1, 0), (6, 0, 1), (0, 2, 1)])  # a product, a sum of what it read, and a product of the product
     expected = gm(x)
     assert chain_calls(gm, Fuel()) == 4
-    (node,) = gm.graph.find_nodes(op="call_function", target=chain)
-    assert len(node.meta["val"]) == 2 and all(map(torch.equal, gm(x), expected))
+    assert len(gm.graph.find_nodes(op="call_function", target=chain)) == 1 and all(map(torch.equal, gm(x), expected))
 
 
-def test_what_waits_for_something_between_is_another_run() -> None:
-    gm, x = traced([(0, 1, 0), (6, 0, 0), (0, 2, 0)])
+@pytest.mark.parametrize("back", [0, 1])
+def test_who_reads_a_result_ends_the_run(back: int) -> None:
+    """Though the next call reads something else: no result of a long run waits in memory for a reader."""
+    gm, x = traced([(0, 1, 0), (6, 0, 0), (0, 2, back)])
     expected = gm(x)
     assert chain_calls(gm, Fuel()) == 4
     assert len(gm.graph.find_nodes(op="call_function", target=chain)) == 2 and all(map(torch.equal, gm(x), expected))
+
+
+def test_outputs_that_are_taken_late_or_twice() -> None:
+    gm, x = traced([(0, 1, 0), (0, 2, 0)])
+    first, *_, last = [n for n in gm.graph.nodes if n.target in OPS.values()]
+    (returned,) = gm.graph.output_node().args
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        late = [gm.graph.call_function(getitem, (first, i)) for i in (1, 1, 2)]
+    for node, i in zip(late, (1, 1, 2), strict=True):
+        node.meta["val"] = first.meta["val"][i]
+    gm.graph.output_node().args = ([*returned, *late],)
+    gm.recompile()
+    expected = gm(x)
+    assert chain_calls(gm, Fuel()) == 4
+    (node,) = gm.graph.find_nodes(op="call_function", target=chain)
+    assert len(node.meta["val"]) == 3 and all(map(torch.equal, gm(x), expected))
+    assert last.target in OPS.values()
+
+
+def test_no_locale_changes_a_number() -> None:
+    """In some a number has a comma where C has a point."""
+    for x in (1e-5, 0.25, -0.0, 5e-324, math.inf):
+        assert "." not in (word := sentence("return", [x])) and "," not in word
+    q = torch.randn(3, 1, 2, 4, 16)
+    program = sentence("attention", [Value(0), Value(1), Value(2), None, False, 0.75]) + "; return %3"
+    assert torch.equal(chain([*q], program)[0], ops.attention(*q, None, False, 0.75))
 
 
 def test_without_fuel_nothing_is_chained() -> None:
@@ -181,7 +216,8 @@ def test_every_op_can_be_called() -> None:
     [
         ("quantize_rows_u8 %0 i8 b0; return %4", "value 4, which there is not"),
         ("quantize_rows_u8 %3 i8 b0; return %1", "value 3, which there is not"),
-        ("quantize_rows_u8 %0 f0x1p+3 b0; return %1", "kind f where i is needed"),
+        ("quantize_rows_u8 %0 f4020000000000000 b0; return %1", "kind f where i is needed"),
+        ("quantize_rows_u8 %0 i8 b0 b0; return %1", "more arguments than a call takes"),
         ("quantize_rows_u8 %0; return %1", r"kind \. where i is needed"),
         ("quantize %0 i8 b0; return %1", "no op 'quantize' that a program may call"),
         ("quantize_rows_u8 %0 ?8 b0; return %1", r"the word '\?8', which is no argument"),
@@ -219,16 +255,18 @@ def last_of(folder: Path, pattern: str) -> str:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
-def test_all_layers_of_an_encoder_are_one_op(tmp_path: Path, dynamic: bool) -> None:
+def test_all_layers_of_an_encoder_are_one_op_but_for_the_end(tmp_path: Path, dynamic: bool) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(Layer(), Layer(), Layer()).eval(), torch.randn(2, 7, K)
     outputs, texts = [], []
     for i, fuel in enumerate((None, -1)):
         torch._dynamo.reset()
-        if fuel is not None:  # all rewrites but the last
-            fuel = len(last_of(tmp_path / "0", "rewrites.txt").splitlines()) - 1
+        if fuel is not None:  # all rewrites but the two chains
+            fuel = len(last_of(tmp_path / "0", "rewrites.txt").splitlines()) - 2
         options = {"trace": str(tmp_path / str(i)), "fuel": fuel}
         outputs.append(torch.compile(model, backend="outlierq", options=options, dynamic=dynamic)(x))
         texts.append(last_of(tmp_path / str(i), "*_chained.py"))
-    assert texts[0].count("torch.ops.fxquant.") == 1 < texts[1].count("torch.ops.fxquant.")
+    # Nothing is quantized behind the last norm: its residual is scaled by an op of PyTorch, which stands before two products.
+    assert texts[0].count("torch.ops.fxquant.chain.default(") == texts[0].count("torch.ops.fxquant.") == 2
+    assert "torch.ops.fxquant.chain" not in texts[1] and texts[1].count("torch.ops.fxquant.") > 10
     assert torch.equal(*outputs)

@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int64_t SHORTEST = 48;  // queries for which keys and values are worth copying
+constexpr int64_t SHORTEST = 48;      // queries for which keys and values are worth copying
+constexpr int64_t MOST_CUT = 64 << 20;  // bytes
 
 int64_t common_divisor(int64_t a, int64_t b) { return b ? common_divisor(b, a % b) : a; }
 
@@ -80,7 +81,8 @@ int attend(const Linear* products, const Attention& a, const Rows& rows, int isa
   }
   thread_local Memory shared;
   const int64_t tasks = a.B * groups.count, results = (a.B * sequence + 63) / 64 * 64;
-  const bool cut = tasks % threads && tasks < 4 * threads;  // so few groups would leave threads without work
+  // So few groups would leave threads without work; those of all sequences are in memory then.
+  const bool cut = tasks % threads && tasks < 4 * threads && tasks * 3 * groups.bytes <= MOST_CUT;
   char* out = shared.take(results + (cut ? tasks * 3 * groups.bytes : 0));
   if (!out) return 1;
   int64_t bands = 1;

@@ -3,10 +3,12 @@
 A *program* is text, so that it is kept on disk with the graph that holds it, or becomes a literal in Inductor's C++. It has a
 sentence for each call, between semicolons: the op's name and its arguments, each a word that begins with its kind. ``%3`` is
 value 3, and values are first the given tensors, then what the calls return, one after another; ``-`` is no tensor, ``[2`` a
-list of the two arguments that follow. The others are ``i384``, ``b1``, ``f0x1.8p+0``, ``snone`` and ``tfloat32``: an integer, a
-boolean, a number to the last bit, a name, a dtype. The last sentence lists the values that come out. ops.cpp runs it.
+list of the two arguments that follow. The others are ``i384``, ``b1``, ``f3ff8000000000000``, ``snone`` and ``tfloat32``: an
+integer, a boolean, a number (the bits of its double, which no locale spells otherwise), a name, a dtype. The last sentence
+lists the values that come out. ops.cpp runs it.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,7 +47,7 @@ def _words(x: Any) -> Iterator[str]:
         case int():
             yield f"i{x}"
         case float():
-            yield f"f{x.hex()}"
+            yield f"f{struct.pack('>d', x).hex()}"
         case torch.dtype():
             yield f"t{str(x).removeprefix('torch.')}"
         case str() if x.isidentifier():
@@ -73,7 +75,7 @@ def _arguments(words: Iterator[str], values: Sequence[Tensor]) -> Iterator[Any]:
             case "i":
                 yield int(rest)
             case "f":
-                yield float.fromhex(rest)
+                yield struct.unpack(">d", bytes.fromhex(rest))[0]
             case "t":
                 yield getattr(torch, rest)
             case "s":

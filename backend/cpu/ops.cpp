@@ -415,7 +415,7 @@ void low_bit_decode_op(Tensor weight, Tensor weight_scale, Tensor terms, int64_t
 // ---- several calls as one -----------------------------------------------------------------------------------------------
 // A program has a sentence for each call, ended by a semicolon: the name of an op, and its arguments by kind. `%3` is value 3: first
 // come the given tensors, then what the calls return; `-` no tensor, `[2` a list of the two that follow, `i` an integer, `b` a
-// boolean, `f` a number, `s` a name, `t` a dtype. The sentence `return` lists what is handed back (chain.py writes it).
+// boolean, `f` a number by the bits of its double, which no locale spells otherwise, `s` a name, `t` a dtype. The sentence `return` lists what is handed back (chain.py writes it).
 struct Argument {
   char kind;
   int64_t number = 0;
@@ -519,7 +519,11 @@ Steps parse(const std::string& text) {
       const std::string rest = word.substr(1);
       switch (a.kind) {
         case '%': case '[': case 'i': case 'b': a.number = std::stoll(rest); break;
-        case 'f': a.real = std::stod(rest); break;
+        case 'f': {
+          const uint64_t bits = std::stoull(rest, nullptr, 16);
+          memcpy(&a.real, &bits, sizeof bits);
+          break;
+        }
         case 's': a.text = rest; break;
         case 't': a.number = (int64_t)type_of(rest); break;
         case '-': break;
@@ -568,6 +572,7 @@ std::vector<Tensor> chain(std::vector<Tensor> given, std::string program) {
     values.next = step.arguments.data();
     const Chained on;
     step.call(values);
+    need(values.next->kind == '.', "a program has more arguments than a call takes");
     for (int64_t value : step.last) values.all[value].reset();
   }
   std::vector<Tensor> results;

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, pad, relu, rms_norm, silu
+from torch.utils._pytree import tree_leaves
 
 from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerToken
@@ -225,8 +226,9 @@ def declare(library: torch.library.Library, schema: str, fake: Callable[..., Any
     name = library.define(schema)
 
     def build_and_call(*args: Any) -> Any:
-        if any(t.device.type != "cpu" for t in args if isinstance(t, Tensor)):
-            raise NotImplementedError(f"fxquant::{name} is for CPU tensors")
+        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        if not tensors or any(t.device.type != "cpu" or t.layout != torch.strided for t in tensors):
+            raise NotImplementedError(f"fxquant::{name} is for CPU tensors, with strides")
         build.library()
         return op(*args)
 

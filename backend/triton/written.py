@@ -49,7 +49,7 @@ def written(gm: fx.GraphModule, paths: Mapping[str, str]) -> tuple[KernelCall, .
 
 def _makers(attending: fx.Node) -> list[fx.Node]:
     """The products behind queries, keys and values; not those behind another product, of floats perhaps."""
-    found, seen, ahead = list[fx.Node](), set[fx.Node](), list(attending.all_input_nodes)
+    found, seen, ahead = list[fx.Node](), set[fx.Node](), [n for n in attending.args[:3] if isinstance(n, fx.Node)]
     while ahead:
         node = ahead.pop()
         if node in seen or node.target in FLOAT_PRODUCTS:
@@ -121,7 +121,7 @@ class AttentionCall(KernelCall):
 
     def sized(self, tokens: int | None) -> dict[str, Any]:
         (batch, heads, queries, _), keys = self.given["q"].shape, self.given["k"].shape[2]
-        B, L, T = (_between(size) for size in (batch, queries, keys))
+        B, L, T = batch if isinstance(batch, int) else int(batch.node.hint), _between(queries), _between(keys)
         if tokens is not None:
             B, L, T = 1, tokens, tokens if same_sizes((queries,), (keys,)) else T
         given, groups = dict(self.given), self.given["k"].shape[1]
