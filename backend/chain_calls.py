@@ -60,7 +60,7 @@ def _write(gm: fx.GraphModule, calls: Sequence[fx.Node], fuel: Fuel) -> int:
     numbers = {node: Value(i) for i, node in enumerate(given)}
     program, results, count = list[str](), dict[Value, list[fx.Node]](), len(given)
     for call in calls:
-        program.append(sentence(CALLS[call.target], fx.map_arg(list(call.args), numbers.__getitem__)))
+        program.append(sentence(CALLS[call.target], fx.map_arg(_arguments(call), numbers.__getitem__)))
         for i, node in outputs[call]:
             numbers[node] = Value(count + i)
             if any(user not in inside for user in node.users):
@@ -79,6 +79,12 @@ def _write(gm: fx.GraphModule, calls: Sequence[fx.Node], fuel: Fuel) -> int:
     for dead in sorted(inside, reverse=True):
         gm.graph.erase_node(dead)
     return len(calls)
+
+
+def _arguments(call: fx.Node) -> list[Any]:
+    """As the op declares them: a graph may have 1 where it wants 1.0."""
+    declared = call.target._schema.arguments  # type: ignore[union-attr]  # an op
+    return [float(x) if str(a.type) == "float" else x for a, x in zip(declared, call.args, strict=True)]  # type: ignore[arg-type]
 
 
 def _outputs(call: fx.Node) -> list[tuple[Any, fx.Node]]:

@@ -154,6 +154,18 @@ def test_outputs_that_are_taken_late_or_twice() -> None:
     assert last.target in OPS.values()
 
 
+def test_a_whole_number_where_the_op_wants_another() -> None:
+    def forward(q: Tensor) -> Tensor:
+        y: Tensor = ops.attention(ops.attention(q, q, q, None, False, 1), q, q, None, False, 2)
+        return y
+
+    q = torch.randn(1, 2, 4, 16)
+    gm = make_fx(forward, tracing_mode="fake")(q)
+    for node in gm.graph.find_nodes(op="call_function", target=ops.attention):
+        node.update_arg(5, int(node.args[5]))
+    assert chain_calls(gm, Fuel()) == 2 and torch.equal(gm(q), forward(q))
+
+
 def test_no_locale_changes_a_number() -> None:
     """In some a number has a comma where C has a point."""
     for x in (1e-5, 0.25, -0.0, 5e-324, math.inf):
