@@ -90,7 +90,8 @@ def _through_all_stages(graph: fx.GraphModule, settings: Settings, differentiabl
     generated = written(graph, {site.key: site.path for site in sites})
     folded = fold(graph)
     stages.show("folded", folded.runtime, f"{len(folded.units)} units of weights were split off")
-    stages.show("chained", folded.runtime, f"{chain_calls(folded.runtime, fuel)} calls are part of others")
+    chained = chain_calls(folded.runtime, fuel)
+    stages.show("chained", folded.runtime, f"{chained} calls are part of others")
     stages.tell(fuel)
     run = compile_runtime(folded.runtime, settings.inductor)
 

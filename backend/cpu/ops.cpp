@@ -146,9 +146,9 @@ thread_local bool chained = false;  // what is returned goes to another op of ou
 // Of shape [0], where a result is not wanted. PyTorch would not have an op return one tensor twice.
 Tensor nothing(Type type) {
   if (!chained) return empty({0}, type);
-  static const Tensor &floats = *new Tensor(empty({0}, Type::Float)), &brains = *new Tensor(empty({0}, Type::BFloat16)),
+  static const Tensor &floats = *new Tensor(empty({0}, Type::Float)), &bfloats = *new Tensor(empty({0}, Type::BFloat16)),
                       &halves = *new Tensor(empty({0}, Type::Half));
-  return type == Type::Float ? floats : type == Type::BFloat16 ? brains : halves;
+  return type == Type::Float ? floats : type == Type::BFloat16 ? bfloats : halves;
 }
 
 Sizes with_last(const Tensor& like, int64_t last) {
@@ -568,9 +568,9 @@ std::vector<Tensor> chain(std::vector<Tensor> given, std::string program) {
   const std::shared_ptr<const Steps> steps = steps_of(program);
   Values values{{given.begin(), given.end()}, nullptr};
   given.clear();
+  const Chained on;
   for (const Step& step : steps->calls) {
     values.next = step.arguments.data();
-    const Chained on;
     step.call(values);
     need(values.next->kind == '.', "a program has more arguments than a call takes");
     for (int64_t value : step.last) values.all[value].reset();
