@@ -1,4 +1,4 @@
-"""Neighbouring calls of our CPU ops become one op (cpu/chain.py): of an encoder, all its layers.
+"""Neighbouring calls of our CPU ops become one op (cpu/chain.py): of an encoder, nearly all of it.
 
 A run of calls goes on until something else reads a result of it, or an op writes to its arguments. What stands between and does
 neither comes before the run. So no result waits in memory for a reader, and nothing else changes its order.
