@@ -1,6 +1,7 @@
 """Calibration in one page: capture once, then run the data through one stage of the graphs after another.
 
     measured    once per transform that needs data: what the inputs of linears look like, from which it chooses its map
+                and once more, after all transforms, where the range of a weight depends on what its input weighs
     observed    the transforms written, an observer on every static edge; its outputs are those to stay close to
     simulated   everything rounded, the ranges adjustable: the search for one token ratio, then learning (searching.py)
     sensed      in floating point and back: what the output makes of every value, for a range of each site's own (sensing.py)
@@ -13,7 +14,7 @@ import inspect
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,14 +30,17 @@ from fxquant.graph.observe import mask_for, observe, tokens, watching
 from fxquant.graph.rewrite import copy_of
 from fxquant.graph.tidy import tidy, value
 from fxquant.graph.weights import cone_of
+from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.granularity import PerTensor
-from fxquant.patterns.annotate import SITE, annotate, quantize_weights
+from fxquant.numerics.ranges import WeightedMSE
+from fxquant.numerics.weighted import range_of_weight
+from fxquant.patterns.annotate import SITE, Site, annotate, quantize_weights, settled
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.edges import Edge, insert, rounded
 from fxquant.patterns.inputs import absorbs, linear_inputs
 from fxquant.patterns.measured import Measured
 from fxquant.patterns.transforms import Transform, equalize, read
-from fxquant.plan import Plan
+from fxquant.plan import WEIGHT, Plan
 from fxquant.recipe import Recipe
 
 from .simulate import Quantizer
@@ -50,6 +54,8 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 Maps = dict[str, dict[str, dict[str, Tensor]]]
 """transform -> need -> site -> what it writes."""
+Ranges = dict[str, tuple[Tensor, Tensor]]
+"""key of an edge or a weight -> its low and high end."""
 
 
 class Stage:
@@ -179,6 +185,7 @@ class _Seen:
     low: Tensor | None = None
     high: Tensor | None = None
     total: Tensor | None = None
+    square: Tensor | None = None
     count: int = 0
     rows: Tensor | None = None
     lots: Tensor | None = None  # a random number per row kept: the rows with the smallest ones stay
@@ -188,10 +195,11 @@ class _Seen:
         if not x.numel():
             return
         x = x.float()
-        low, high, total = x.amin(0), x.amax(0), x.abs().sum(0)
+        low, high, total, square = x.amin(0), x.amax(0), x.abs().sum(0), x.square().sum(0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.total = total if self.total is None else self.total + total
+        self.square = square if self.square is None else self.square + square
         self.count += len(x)
         far = x if self.far is None else torch.cat([self.far, x])
         self.far = far[far.abs().amax(1).topk(min(FAR, len(far))).indices]
@@ -213,11 +221,13 @@ class MeasuringStage(Stage):
         self.seen: dict[str, _Seen] = {}
         self._decoder: dict[str, bool] = {}
         self._linears: dict[str, Callable[[_Seen], Measured]] = {}
+        self._weighed: dict[str, tuple[str | None, Site, Callable[[], Tensor]]] = {}
 
     def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         equalize(gm, self._done, Fuel(), **self._maps)
         annotation = annotate(gm, self._session.recipe, Fuel())
         site_of = {site.key: site for site in annotation.sites if not site.reason}
+        observers: dict[fx.Node, str] = {}
         watched: set[str] = set()  # in this graph, where a layer may run twice; one for other lengths has the same sites
         for x, linears in linear_inputs(gm).items():
             where = site_name(linears[0])
@@ -227,7 +237,7 @@ class MeasuringStage(Stage):
             watched.add(where)
             if where not in self._linears:
                 specs = quantized[0].activation, quantized[0].weight
-                operands = [_weights_of(gm, linear, args) for linear in linears]
+                operands = [(_evaluated(gm, n.args[1], args), _evaluated(gm, _bias(n), args)) for n in linears]
                 self._linears[where] = _measured(where, operands, *specs, absorbs(gm, linears[0]))
                 self._decoder[where] = reads_decoder(x)
             with gm.graph.inserting_before(min(linears)):
@@ -235,6 +245,11 @@ class MeasuringStage(Stage):
             observed.meta["val"] = value(x)
             for linear in linears:
                 linear.replace_input_with(x, observed)
+                observers[linear] = where
+        for node in gm.graph.nodes:
+            site = site_of.get(node.meta.get(SITE))
+            if site is not None and site.weight_range and site.weight_range not in self._weighed:
+                self._weighed[site.weight_range] = observers.get(node), site, _evaluated(gm, node.args[1], args)
         gm.recompile()
         return self._session.runnable(gm, args)
 
@@ -257,26 +272,46 @@ class MeasuringStage(Stage):
                 chosen.setdefault(need, {})[where] = tensor
         return chosen
 
+    def weight_ranges(self, notes: dict[str, str], progress: "Progress") -> Ranges:
+        """The range of every weight that is to have one by what its input weighs, by key; of least plain error where none came.
 
-def _weights_of(gm: fx.GraphModule, linear: fx.Node, args: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-    """The weight and the bias that a linear has after the transforms so far, for the parameters in ``args``."""
+        ``notes`` gets those.
+        """
+        found: Ranges = {}
+        for key in progress(list(self._weighed), "ranges of weights"):
+            where, site, evaluated = self._weighed[key]
+            weight = evaluated() if site.lies else evaluated().transpose(-2, -1)
+            seen = self.seen.get(where) if where else None
+            if seen is None or seen.square is None or not bool(seen.square.any()):
+                notes[f"{WEIGHT}: {key}"] = "no token came by that weighs anything; its values count alike"
+                mean_square = weight.new_ones(weight.shape[-1])
+            else:
+                mean_square = seen.square / seen.count
+            assert site.weight is not None
+            form = site.weight.format
+            assert isinstance(form, IntAffine)
+            lo, hi = range_of_weight(weight, mean_square, form, site.weight.granularity)
+            found[key] = lo.cpu(), hi.cpu()
+        return found
 
-    def evaluated(node: Any) -> Tensor | None:
-        if not isinstance(node, fx.Node):
-            return None
-        unit = unit_of(gm, node)()
-        (tensor,) = unit.fold([args[i] for i in unit.inputs])
-        return tensor.detach()
 
-    weight = evaluated(linear.args[1])
-    assert weight is not None
-    return weight, evaluated(linear.args[2] if len(linear.args) > 2 else None)
+def _evaluated(gm: fx.GraphModule, node: Any, args: Sequence[Any]) -> Callable[[], Any]:
+    """What a weight or a bias is after the transforms so far, for the parameters in ``args``; computed when it is asked for."""
+    if not isinstance(node, fx.Node):
+        return lambda: None
+    unit = unit_of(gm, node)()
+    parameters = [args[i] for i in unit.inputs]
+    return lambda: unit.fold(parameters)[0].detach()
+
+
+def _bias(linear: fx.Node) -> Any:
+    return linear.args[2] if len(linear.args) > 2 else None
 
 
 def _measured(where: str, operands: Any, activation: Any, weight: Any, absorbed: bool) -> Callable[[_Seen], Measured]:
     def measured(seen: _Seen) -> Measured:
         assert seen.low is not None and seen.high is not None and seen.total is not None and seen.rows is not None
-        weights, biases = tuple(w for w, _ in operands), tuple(b for _, b in operands)
+        weights, biases = tuple(w() for w, _ in operands), tuple(b() for _, b in operands)
         low, high, mean, far = seen.low, seen.high, seen.total / seen.count, seen.far
         sides = {"activation": activation, "weight": weight}
         return Measured(
@@ -329,8 +364,8 @@ class ObservingStage(Stage):
 class SimulatingStage(Stage):
     """The transformed graphs with everything rounded; each static edge by a Quantizer whose range can be set and learned."""
 
-    def __init__(self, session: Session, maps: Maps, quantizers: Mapping[str, Quantizer]) -> None:
-        self._session, self._maps, self.quantizers = session, maps, quantizers
+    def __init__(self, session: Session, maps: Maps, quantizers: Mapping[str, Quantizer], weights: Ranges) -> None:
+        self._session, self._maps, self.quantizers, self._weights = session, maps, quantizers, weights
 
     def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         recipe = self._session.recipe
@@ -348,7 +383,7 @@ class SimulatingStage(Stage):
 
         known = [edge for edge in annotation.edges if not edge.spec.is_observed or edge.key in self.quantizers]
         insert(gm, known, write)
-        quantize_weights(gm, annotation)
+        quantize_weights(gm, replace(annotation, sites=tuple(settled(s, self._weights.get) for s in annotation.sites)))
         return self._session.runnable(gm, args)
 
 
@@ -531,6 +566,15 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
                 pass
         maps[transform.name] |= stage.choices(transform, notes, progress)
 
+    weights: Ranges = {}
+    if any(spec.range == WeightedMSE() for _, spec in recipe.specs()):
+        stage = MeasuringStage(session, recipe.transforms, maps, seed)
+        session.enter(stage)
+        with watching(stage):
+            for _ in runner.run("measuring for the ranges of weights"):
+                pass
+        weights = stage.weight_ranges(notes, progress)
+
     observing = ObservingStage(session, maps)
     session.enter(observing)
     wanted, keep = [], searches(recipe)
@@ -544,9 +588,9 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
             "the model ran and no graph of it was captured; is it inside torch.compiler.disable()? A bare Sequential is never "
             "captured: put it in a module of your own"
         )
-    ranges, found = search(runner, observing, maps, wanted, progress, seed)
+    ranges, found = search(runner, observing, maps, weights, wanted, progress, seed)
     tensors = {f"{need}/{name}/{site}": t for name, m in maps.items() for need, sites in m.items() for site, t in sites.items()}
-    for key, (low, high) in ranges.items():
+    for key, (low, high) in (ranges | weights).items():
         tensors |= {f"low/{key}": low, f"high/{key}": high}
     return Plan(recipe, tensors, _sites(session), {**found, "left alone": notes} if notes else found)
 

@@ -13,11 +13,11 @@ from fxquant.graph.fuel import Fuel
 from fxquant.graph.laws import LINEAR
 from fxquant.graph.observe import mask_for, tokens, watching
 from fxquant.graph.tidy import value
-from fxquant.patterns.annotate import SITE, annotate
+from fxquant.patterns.annotate import SITE, Site, annotate
 from fxquant.patterns.inputs import linear_inputs
 from fxquant.patterns.transforms import equalize
 from fxquant.plan import Plan
-from fxquant.recipe import Recipe, Spec
+from fxquant.recipe import Recipe
 
 from .calibration import MeasuringStage, Progress, Runner, Session, Stage, compared, reads_decoder
 from .pipeline import arguments_of, no_range
@@ -41,10 +41,10 @@ class Measurement:
 class _Examined(nn.Module):
     """A linear that can be run rounded or not, and measures what rounding does."""
 
-    def __init__(self, stage: "ExaminingStage", path: str, specs: tuple[Spec | None, Spec | None], decoder: bool) -> None:
+    def __init__(self, stage: "ExaminingStage", site: Site, decoder: bool) -> None:
         super().__init__()
-        self._stage, self._path, self._decoder = stage, path, decoder
-        self._activation, self._weight = specs
+        self._stage, self._path, self._decoder = stage, site.path, decoder
+        self._activation, self._round_weight = site.activation, site.round_weight
         self._rounded: Tensor | None = None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,7 +59,7 @@ class _Examined(nn.Module):
 
     def _rounded_weight(self, weight: Tensor) -> Tensor:
         if self._rounded is None:
-            self._rounded = weight if self._weight is None else self._weight.fake_quantize(weight)
+            self._rounded = self._round_weight(weight)
         return self._rounded
 
     def _measure(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -98,9 +98,8 @@ class ExaminingStage(Stage):
             site = sites.get(node.meta.get(SITE))
             if site is None:
                 continue
-            specs = site.activation, site.weight
             name = f"examined_{len(self.found)}_{node.name}"
-            gm.add_module(name, _Examined(self, site.path, specs, reads_decoder(node.args[0])))
+            gm.add_module(name, _Examined(self, site, reads_decoder(node.args[0])))
             with gm.graph.inserting_before(node):
                 examined = gm.graph.call_module(name, node.args)
             examined.meta["val"] = value(node)

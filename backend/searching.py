@@ -18,21 +18,27 @@ from fxquant.numerics.granularity import PerTensor
 from fxquant.numerics.observers import TokenWise
 from fxquant.recipe import Recipe
 
-from .calibration import COMPARED, Maps, ObservingStage, Progress, Runner, SimulatingStage, compared
+from .calibration import COMPARED, Maps, ObservingStage, Progress, Ranges, Runner, SimulatingStage, compared
 from .sensing import PIECES, sensed
 from .simulate import Quantizer
 
-Ranges = dict[str, tuple[Tensor, Tensor]]
 EPOCHS, RATE = 3, 5e-3
 BATCH, LENGTH = 32, 128  # of the grid of the paper's code: ratios in steps of 0.01
 
 
 def search(
-    runner: Runner, observed: ObservingStage, maps: Maps, wanted: list[Tensor], progress: Progress, seed: int
+    runner: Runner,
+    observed: ObservingStage,
+    maps: Maps,
+    weights: Ranges,
+    wanted: list[Tensor],
+    progress: Progress,
+    seed: int,
 ) -> tuple[Ranges, dict[str, Any]]:
     """The range of every observed edge, and notes for people: the losses of the search and of learning.
 
-    ``wanted`` is what the float model answers to each batch, of which nothing is needed where ``searches(recipe)`` is False.
+    ``weights``: the ranges of weights that calibration has found. ``wanted`` is what the float model answers to each batch, of
+    which nothing is needed where ``searches(recipe)`` is False.
     """
     edges, states = observed.edges, observed.states
 
@@ -59,7 +65,7 @@ def search(
     quantizers = {key: Quantizer(edges[key].spec) for key in states}
     divisible = runner.divisible(PIECES)
     pieces = divisible if _by_sample(runner.session.recipe, wanted) else 1
-    simulating = SimulatingStage(runner.session, maps, quantizers)
+    simulating = SimulatingStage(runner.session, maps, quantizers, weights)
     runner.session.enter(simulating)
     if searched:
         bits = min(edges[key].spec.format.bits for key in searched)

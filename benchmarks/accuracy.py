@@ -43,6 +43,7 @@ from fxquant import (
     Recipe,
     Spec,
     TokenWise,
+    WeightedMSE,
     calibrate,
 )
 from fxquant import recipe as recipes
@@ -89,6 +90,15 @@ def _of(observer: Observer, *transforms: str) -> Method:
     return recipe
 
 
+def _weighted(*transforms: str) -> Method:
+    def recipe(scope: Scope, weights: int, activations: int) -> Recipe:
+        found = _of(AverageMinMax(), *transforms)(scope, weights, activations)
+        assert found.weights is not None
+        return found.replace(weights=replace(found.weights, range=WeightedMSE()))
+
+    return recipe
+
+
 # Ranges of activations, and what is moved before. Probabilities always have the averaged extremes, weights the least error.
 METHODS: Mapping[str, Method] = {
     "min/max": _of(AverageMinMax()),
@@ -111,6 +121,8 @@ OTHERS: Mapping[str, Method] = {
     "balance": _of(AverageMinMax(), "balance"),
     "rotations": _of(AverageMinMax(), "rotate"),
     "AWQ": _of(AverageMinMax(), "awq"),
+    "AWQ, weighted ranges": _weighted("awq"),
+    "weighted ranges": _weighted(),
 }
 ALL = {**METHODS, **OTHERS}
 ALL_WIDTHS = {**WIDTHS, **WEIGHTS_ALONE}

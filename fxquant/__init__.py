@@ -27,7 +27,7 @@ from .numerics.observers import (
     Percentile,
     TokenWise,
 )
-from .numerics.ranges import Dynamic, Given
+from .numerics.ranges import Dynamic, Given, WeightedMSE
 from .plan import Plan
 from .recipe import Override, Recipe, Spec
 from .report import Report
@@ -67,6 +67,7 @@ __all__ = [
     "TokenWise",
     "Warmup",
     "WarmupError",
+    "WeightedMSE",
     "calibrate",
     "explain",
     "refresh",

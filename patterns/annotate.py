@@ -1,14 +1,17 @@
 """Say what of a graph is quantized and how: every product with a parameter is a Site, every activation to round an Edge."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import PlanError
 from fxquant.graph.capture import Parameter
-from fxquant.graph.equivalence import root_of
+from fxquant.graph.equivalence import constant, root_of
 from fxquant.graph.fold import unit_of
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.ops import fake_quantize
@@ -16,10 +19,13 @@ from fxquant.graph.rewrite import WRITTEN, splice
 from fxquant.graph.tidy import operand, value
 from fxquant.graph.weights import cone_of, parameter_only
 from fxquant.numerics.granularity import PerChannel, PerGroup, PerToken
+from fxquant.numerics.ranges import DYNAMIC, WeightedMSE
+from fxquant.numerics.weighted import clipped
+from fxquant.plan import WEIGHT
 from fxquant.recipe import Recipe, Spec
 from fxquant.report import sqnr
 
-from .edges import Edge, Ranges, edges_of, insert, rounded, settle
+from .edges import Edge, Ends, Ranges, edges_of, insert, numbered, rounded, settle
 from .linear import parameter_products
 
 aten = torch.ops.aten
@@ -32,7 +38,8 @@ class Site:
 
     ``path`` is the parameter's name, ``names`` all that a rule may call it (a tied head has that of its module too),
     ``argument`` its position among the graph's arguments, ``arguments`` all the positions that its weight expression reads;
-    ``reason`` says why it stays in floating point (empty: it is quantized).
+    ``reason`` says why it stays in floating point (empty: it is quantized). ``weight_range`` is the key under which calibration
+    keeps the range of its weight, empty where that is no matter of data; ``ends``: that range, once it is known.
     """
 
     key: str
@@ -46,7 +53,22 @@ class Site:
     weight: Spec | None = None
     reason: str = ""
     names: tuple[str, ...] = ()
+    weight_range: str = ""
+    ends: Ends | None = None
     noise: Callable[[Mapping[int, Tensor]], float] | None = None
+
+    def round_weight(self, w: Tensor) -> Tensor:
+        """``w`` [N, K] (of a stack [..., N, K]) as it is rounded here."""
+        if self.weight is None:
+            return w
+        if self.ends is not None:
+            w = clipped(w, *(end.to(w) for end in self.ends), self.weight.granularity)
+        return self.weight.fake_quantize(w)
+
+    @property
+    def lies(self) -> bool:
+        """The weight is stored as it is rounded, [N, K], and not as a stack [..., K, N]."""
+        return self.op in ("linear", "embedding")
 
     @property
     def spelled(self) -> str:
@@ -70,9 +92,10 @@ class Annotation:
 def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | None = None) -> Annotation:
     """The sites and edges of ``gm`` under ``recipe``; nodes that compute a site get its key. The graph computes what it did.
 
-    ``ranges`` gives the range of a static edge by its key. Without it static Specs stay open, for calibration to watch.
+    ``ranges`` gives the range of a static edge, or of a weight, by its key. Without it they stay open, for calibration to find.
     """
     sites: dict[tuple[fx.Node, fx.Node], Site] = {}
+    weighted: Counter[str] = Counter()
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     folded = parameter_only(gm)
     for number, (node, weight, kind) in enumerate([*parameter_products(gm), *_look_ups(gm, folded)]):
@@ -87,6 +110,10 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
         site = _decide(site, node, weight, recipe)
         if not site.reason and not fuel.take(f"quantize {path}"):
             site = replace(site, reason="out of fuel")
+        if not site.reason and site.weight is not None and site.weight.range == WeightedMSE():
+            weighted[path] += 1
+            site = replace(site, weight_range=numbered(path, WEIGHT, weighted[path]))
+            site = site if ranges is None else settled(site, ranges)
         sites[node, weight] = site
     rounded_inputs = {node: (s.activation, s.names) for (node, _), s in sites.items() if not s.reason and s.activation}
     edges = edges_of(gm, rounded_inputs, recipe)
@@ -106,6 +133,16 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
 
 
 NO_RANGE = "the recipe is static and no range is known for this site; calibrate, or add it to ranges"
+NO_WEIGHT_RANGE = "the range of its weight depends on what its input weighs, which is not known; calibrate"
+
+
+def settled(site: Site, ranges: Ranges) -> Site:
+    """The site with the range of its weight, if calibration finds that; with the reason why not, if it did not."""
+    if not site.weight_range or site.weight is None:
+        return site
+    if (ends := ranges(site.weight_range)) is None:
+        return replace(site, reason=NO_WEIGHT_RANGE)
+    return replace(site, weight=replace(site.weight, range=DYNAMIC), ends=ends)
 
 
 def quantize(gm: fx.GraphModule, annotation: Annotation) -> fx.GraphModule:
@@ -122,7 +159,7 @@ def quantize_weights(gm: fx.GraphModule, annotation: Annotation) -> None:
         site = chosen.get(node.meta.get(SITE))
         if site is not None and site.weight is not None:
             place = 0 if site.op == "embedding" else 1
-            node.update_arg(place, _round_weight(gm, node, operand(node, place), site.op, site.weight))
+            node.update_arg(place, _round_weight(gm, node, operand(node, place), site))
     gm.recompile()
 
 
@@ -197,13 +234,20 @@ def _round(gm: fx.GraphModule, before: fx.Node, x: fx.Node, spec: Spec) -> fx.No
     return node
 
 
-def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, op: str, spec: Spec) -> fx.Node:
+def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, site: Site) -> fx.Node:
     """A weight [N, K] of a linear is rounded along K; of a stack [..., K, N] the transpose is."""
-    if op in ("linear", "embedding"):
-        return _round(gm, before, weight, spec)
-    turned: fx.Node = splice(gm, before, _transpose, weight)
-    rounded: fx.Node = splice(gm, before, _transpose, _round(gm, before, turned, spec))
-    return rounded
+    assert site.weight is not None
+    turned = weight if site.lies else splice(gm, before, _transpose, weight)
+    if site.ends is not None:
+        fake, granularity = value(turned), site.weight.granularity
+        needed, found = granularity.reduce(torch.amin, granularity.split(fake)).shape, site.ends[0].shape
+        if found != needed:
+            shapes = f"of shape {list(found)}, {list(needed)} is needed"
+            raise PlanError(f"the plan has a range for the weight of '{site.path}' {shapes}; calibrate this model as it is")
+        ends = [constant(gm, end.to(fake.device, fake.dtype), "range") for end in site.ends]
+        turned = splice(gm, before, partial(clipped, granularity=granularity), turned, *ends, memo=("clipped", granularity))
+    rounded = _round(gm, before, turned, site.weight)
+    return rounded if site.lies else splice(gm, before, _transpose, rounded)
 
 
 def _transpose(w: Tensor) -> Tensor:
@@ -212,14 +256,13 @@ def _transpose(w: Tensor) -> Tensor:
 
 def _noise(gm: fx.GraphModule, weight: fx.Node, site: Site) -> Callable[[Mapping[int, Tensor]], float] | None:
     """The weight's SQNR as a function of the graph's arguments, evaluated when a report is asked for."""
-    spec = site.weight
-    if spec is None:
+    if site.weight is None:
         return None
     unit = unit_of(gm, weight)
 
     def noise(args: Mapping[int, Tensor]) -> float:
         (w,) = unit().fold([args[i] for i in unit().inputs])
-        w = w if site.op in ("linear", "embedding") else _transpose(w)
-        return sqnr(w, spec.fake_quantize(w))
+        w = w if site.lies else _transpose(w)
+        return sqnr(w, site.round_weight(w))
 
     return noise

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fxquant.graph.equivalence import Note, PositiveScale, Refusal
 from fxquant.graph.fuel import Fuel
-from fxquant.numerics.ranges import DYNAMIC
+from fxquant.numerics.observer import Observer
 
 from .inputs import check_lengths, check_scales, put, sites_of
 from .measured import Measured
@@ -57,7 +57,7 @@ def choose(measured: Measured, *, steps: int = 20, rows: int = 256, outputs: int
         return f"the recipe does not quantize the weight of '{measured.where}'"
     if reason := left_alone(measured):
         return reason
-    searched = measured.weight.range != DYNAMIC  # weight ranges that are searched themselves cost twenty times as much
+    searched = isinstance(measured.weight.range, Observer)  # on every weight tried, at twenty times the cost
     some, everything = all_tokens(measured, rows), all_tokens(measured, len(measured.rows))
     error = OutputError.of(some, rows=len(some.rows), outputs=outputs // 4 if searched else outputs).shifted()
     sizes = (measured.mean, everything.rows.float().square().mean(0).sqrt())

@@ -29,8 +29,8 @@ from .residual import residuals
 
 aten = torch.ops.aten
 
-Ends = tuple[float | tuple[float, ...], ...]
-"""The low and the high end, numbers or one of each channel."""
+Ends = tuple[Tensor, Tensor]
+"""The low and the high end, [] or [channels] each; those of a weight have the shape of its scales."""
 Ranges = Callable[[str], Ends | None]
 Products = Mapping[fx.Node, tuple[Spec, tuple[str, ...]]]
 """The sites whose input is rounded: by what, and what a rule may call them."""
@@ -56,12 +56,11 @@ def edges_of(gm: fx.GraphModule, products: Products, recipe: Recipe) -> list[Edg
 
     Fused attention whose probabilities are rounded is written out; the graph computes what it did.
     """
-    numbered: Counter[tuple[str, str]] = Counter()
+    met: Counter[tuple[str, str]] = Counter()
 
     def key(path: str, role: str) -> str:
-        numbered[path, role] += 1
-        count = numbered[path, role]
-        return f"{path}:{role}" + (f"#{count}" if count > 1 else "")  # a layer that is called twice has two ranges
+        met[path, role] += 1
+        return numbered(path, role, met[path, role])
 
     found = list(_norms(gm, products, recipe, key))
     taken = {(edge.value, reader) for edge in found for reader in edge.readers}
@@ -72,6 +71,11 @@ def edges_of(gm: fx.GraphModule, products: Products, recipe: Recipe) -> list[Edg
     return found
 
 
+def numbered(path: str, role: str, count: int) -> str:
+    """The key of a range; a layer that is called twice has two."""
+    return f"{path}:{role}" + (f"#{count}" if count > 1 else "")
+
+
 def settle(edges: Iterable[Edge], recipe: Recipe, ranges: Ranges) -> tuple[list[Edge], list[Edge]]:
     """The edges with every static Spec given its range, by the recipe's own list or else ``ranges``; and those without one."""
     settled, missing = [], []
@@ -80,11 +84,11 @@ def settle(edges: Iterable[Edge], recipe: Recipe, ranges: Ranges) -> tuple[list[
             settled.append(edge)
             continue
         own = next(filter(None, map(recipe.given_range, edge.names)), None) if edge.role == "input" else None
-        ends = own or ranges(edge.key)
-        if ends is None:
+        if own is None and (ends := ranges(edge.key)) is None:
             missing.append(edge)
-        else:
-            settled.append(replace(edge, spec=replace(edge.spec, range=Given(*ends))))
+            continue
+        given = Given(*own) if own is not None else Given(*(tuple(e.tolist()) if e.ndim else e.item() for e in ends))
+        settled.append(replace(edge, spec=replace(edge.spec, range=given)))
     return settled, missing
 
 

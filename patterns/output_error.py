@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError
 from fxquant.numerics.granularity import PerChannel, PerTensor
-from fxquant.numerics.ranges import DYNAMIC
+from fxquant.numerics.ranges import DYNAMIC, WeightedMSE
 from fxquant.recipe import Spec
 
 from .measured import Measured
@@ -38,13 +38,14 @@ class OutputError:
     def of(measured: Measured, *, rows: int, outputs: int, exact_ranges: bool = True) -> "OutputError":
         """The error on at most ``rows`` of the sampled tokens and ``outputs`` of the outputs, evenly taken.
 
-        Without ``exact_ranges`` the weights have the range of their extremes, where the recipe would search for a better one.
+        Without ``exact_ranges`` the weights have the range of their extremes, where the recipe would search for a better one;
+        so they have if it is found after all transforms.
         """
         weight, weights = measured.weight, tuple(w.float() for w in measured.weights)
         if weight is None or weight.granularity.dims(2) == (1,):  # rows of W are rounded one by one: some stand for all
             together = torch.cat(weights)
             weights = (together[_evenly(len(together), outputs, together.device)],)
-        if weight is not None and not exact_ranges:
+        if weight is not None and (weight.range == WeightedMSE() or not exact_ranges):
             weight = replace(weight, range=DYNAMIC)
         x = measured.rows.float()
         x = x[_evenly(len(x), rows, x.device)]

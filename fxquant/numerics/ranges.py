@@ -1,4 +1,4 @@
-"""Where the range [lo, hi] of a block comes from: the data at hand, numbers given, or an observer."""
+"""Where the range [lo, hi] of a block comes from: the data at hand, numbers given, an observer, or what inputs weigh."""
 
 import math
 from abc import ABC, abstractmethod
@@ -82,6 +82,21 @@ class Given(_Range):
         return lo, hi
 
 
+@dataclass(frozen=True)
+class WeightedMSE(_Range):
+    """For weights: of each block the range of least ``sum_k E[x_k^2] (q(w_k) - w_k)^2``, ``x`` being the product's input.
+
+    That is the squared error of the product, if errors of single weights are independent. ``fxquant.calibrate`` measures the
+    mean squares and puts the ranges into the plan; a weight without one stays in floating point.
+    """
+
+    def of(self, blocks: Tensor, granularity: Granularity, quantized: RoundTrip) -> tuple[Tensor, Tensor]:
+        raise RecipeError(
+            "WeightedMSE() takes no range of the weight alone, it needs to know what its input weighs; give the recipe to "
+            "fxquant.calibrate() and compile with its plan, or use MinMSE()"
+        )
+
+
 def check_range(lo: object, hi: object, where: str) -> None:
     """Raise RecipeError unless ``lo <= hi`` are finite Python numbers."""
     for end in (lo, hi):
@@ -91,7 +106,7 @@ def check_range(lo: object, hi: object, where: str) -> None:
         raise RecipeError(f"{where} has the range ({lo!r}, {hi!r}), whose low end lies above its high end; swap them")
 
 
-Range = Dynamic | Given | Observer
+Range = Dynamic | Given | WeightedMSE | Observer
 
 # What a recipe can name; a new way to a range is one class and one entry here, an observer one in observers.py.
-RANGES: tuple[type[Range], ...] = (Dynamic, Given, *OBSERVERS)
+RANGES: tuple[type[Range], ...] = (Dynamic, Given, WeightedMSE, *OBSERVERS)
