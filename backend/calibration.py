@@ -1,7 +1,7 @@
 """Calibration in one page: capture once, then run the data through one stage of the graphs after another.
 
     measured    once per transform that needs data: what the inputs of linears look like, from which it chooses its map
-                and once more, after all transforms, where the range of a weight depends on what its input weighs
+                and once more, after all transforms, where the range of a weight is that of least error of its product
     observed    the transforms written, an observer on every static edge; its outputs are those to stay close to
     simulated   everything rounded, the ranges adjustable: the search for one token ratio, then learning (searching.py)
     sensed      in floating point and back: what the output makes of every value, for a range of each site's own (sensing.py)
@@ -30,17 +30,17 @@ from fxquant.graph.observe import mask_for, observe, tokens, watching
 from fxquant.graph.rewrite import copy_of
 from fxquant.graph.tidy import tidy, value
 from fxquant.graph.weights import cone_of
-from fxquant.numerics.affine import IntAffine
+from fxquant.numerics.affine import IntAffine, check_finite
 from fxquant.numerics.granularity import PerTensor
-from fxquant.numerics.ranges import WeightedMSE
-from fxquant.numerics.weighted import range_of_weight
+from fxquant.numerics.of_outputs import range_of_weight
+from fxquant.numerics.ranges import OutputMSE
 from fxquant.patterns.annotate import SITE, Site, annotate, quantize_weights, settled
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.edges import Edge, insert, rounded
 from fxquant.patterns.inputs import absorbs, linear_inputs
-from fxquant.patterns.measured import Measured
+from fxquant.patterns.measured import Measured, standing_for_all
 from fxquant.patterns.transforms import Transform, equalize, read
-from fxquant.plan import WEIGHT, Plan
+from fxquant.plan import Plan
 from fxquant.recipe import Recipe
 
 from .simulate import Quantizer
@@ -185,7 +185,6 @@ class _Seen:
     low: Tensor | None = None
     high: Tensor | None = None
     total: Tensor | None = None
-    square: Tensor | None = None
     count: int = 0
     rows: Tensor | None = None
     lots: Tensor | None = None  # a random number per row kept: the rows with the smallest ones stay
@@ -195,11 +194,10 @@ class _Seen:
         if not x.numel():
             return
         x = x.float()
-        low, high, total, square = x.amin(0), x.amax(0), x.abs().sum(0), x.square().sum(0)
+        low, high, total = x.amin(0), x.amax(0), x.abs().sum(0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.total = total if self.total is None else self.total + total
-        self.square = square if self.square is None else self.square + square
         self.count += len(x)
         far = x if self.far is None else torch.cat([self.far, x])
         self.far = far[far.abs().amax(1).topk(min(FAR, len(far))).indices]
@@ -221,7 +219,7 @@ class MeasuringStage(Stage):
         self.seen: dict[str, _Seen] = {}
         self._decoder: dict[str, bool] = {}
         self._linears: dict[str, Callable[[_Seen], Measured]] = {}
-        self._weighed: dict[str, tuple[str | None, Site, Callable[[], Tensor]]] = {}
+        self._searched: dict[str, tuple[str | None, Site, Callable[[], Tensor]]] = {}
 
     def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         equalize(gm, self._done, Fuel(), **self._maps)
@@ -248,8 +246,8 @@ class MeasuringStage(Stage):
                 observers[linear] = where
         for node in gm.graph.nodes:
             site = site_of.get(node.meta.get(SITE))
-            if site is not None and site.weight_range and site.weight_range not in self._weighed:
-                self._weighed[site.weight_range] = observers.get(node), site, _evaluated(gm, node.args[1], args)
+            if site is not None and site.weight_range and site.weight_range not in self._searched:
+                self._searched[site.weight_range] = observers.get(node), site, _evaluated(gm, node.args[1], args)
         gm.recompile()
         return self._session.runnable(gm, args)
 
@@ -273,24 +271,25 @@ class MeasuringStage(Stage):
         return chosen
 
     def weight_ranges(self, notes: dict[str, str], progress: "Progress") -> Ranges:
-        """The range of every weight that is to have one by what its input weighs, by key; of least plain error where none came.
+        """By key the range of every weight that is to have the one of least error of its product; ``notes``: where none was seen.
 
-        ``notes`` gets those.
+        Raises FxquantError for a weight that holds NaN or infinity.
         """
         found: Ranges = {}
-        for key in progress(list(self._weighed), "ranges of weights"):
-            where, site, evaluated = self._weighed[key]
+        for key in progress(list(self._searched), "ranges of weights"):
+            where, site, evaluated = self._searched[key]
             weight = evaluated() if site.lies else evaluated().transpose(-2, -1)
+            check_finite(site.path, weight)
             seen = self.seen.get(where) if where else None
-            if seen is None or seen.square is None or not bool(seen.square.any()):
-                notes[f"{WEIGHT}: {key}"] = "no token came by that weighs anything; its values count alike"
-                mean_square = weight.new_ones(weight.shape[-1])
+            if seen is None or seen.rows is None or seen.far is None:
+                notes[f"range: {key}"] = "no token was seen before it; all of its inputs count alike"
+                inputs = torch.eye(weight.shape[-1], device=weight.device)
             else:
-                mean_square = seen.square / seen.count
+                inputs = standing_for_all(seen.rows, seen.far, seen.count)
             assert site.weight is not None
             form = site.weight.format
             assert isinstance(form, IntAffine)
-            lo, hi = range_of_weight(weight, mean_square, form, site.weight.granularity)
+            lo, hi = range_of_weight(weight, inputs, form, site.weight.granularity)
             found[key] = lo.cpu(), hi.cpu()
         return found
 
@@ -567,7 +566,7 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
         maps[transform.name] |= stage.choices(transform, notes, progress)
 
     weights: Ranges = {}
-    if any(spec.range == WeightedMSE() for _, spec in recipe.specs()):
+    if any(spec.range == OutputMSE() for _, spec in recipe.specs()):
         stage = MeasuringStage(session, recipe.transforms, maps, seed)
         session.enter(stage)
         with watching(stage):

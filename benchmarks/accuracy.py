@@ -37,13 +37,13 @@ from fxquant import (
     Entropy,
     GoldenMSE,
     IntAffine,
+    OutputMSE,
     Percentile,
     PerGroup,
     PerToken,
     Recipe,
     Spec,
     TokenWise,
-    WeightedMSE,
     calibrate,
 )
 from fxquant import recipe as recipes
@@ -90,11 +90,11 @@ def _of(observer: Observer, *transforms: str) -> Method:
     return recipe
 
 
-def _weighted(*transforms: str) -> Method:
+def _by_outputs(*transforms: str) -> Method:
     def recipe(scope: Scope, weights: int, activations: int) -> Recipe:
         found = _of(AverageMinMax(), *transforms)(scope, weights, activations)
         assert found.weights is not None
-        return found.replace(weights=replace(found.weights, range=WeightedMSE()))
+        return found.replace(weights=replace(found.weights, range=OutputMSE()))
 
     return recipe
 
@@ -121,8 +121,8 @@ OTHERS: Mapping[str, Method] = {
     "balance": _of(AverageMinMax(), "balance"),
     "rotations": _of(AverageMinMax(), "rotate"),
     "AWQ": _of(AverageMinMax(), "awq"),
-    "AWQ, weighted ranges": _weighted("awq"),
-    "weighted ranges": _weighted(),
+    "AWQ, ranges": _by_outputs("awq"),
+    "ranges of outputs": _by_outputs(),
 }
 ALL = {**METHODS, **OTHERS}
 ALL_WIDTHS = {**WIDTHS, **WEIGHTS_ALONE}

@@ -27,7 +27,7 @@ from .numerics.observers import (
     Percentile,
     TokenWise,
 )
-from .numerics.ranges import Dynamic, Given, WeightedMSE
+from .numerics.ranges import Dynamic, Given, OutputMSE
 from .plan import Plan
 from .recipe import Override, Recipe, Spec
 from .report import Report
@@ -51,6 +51,7 @@ __all__ = [
     "MinMSE",
     "MinMax",
     "MovingAverage",
+    "OutputMSE",
     "Override",
     "PerChannel",
     "PerGroup",
@@ -67,7 +68,6 @@ __all__ = [
     "TokenWise",
     "Warmup",
     "WarmupError",
-    "WeightedMSE",
     "calibrate",
     "explain",
     "refresh",

@@ -19,7 +19,7 @@ from .numerics.formats import FORMATS, Format
 from .numerics.granularity import GRANULARITIES, Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .numerics.observer import Observer
 from .numerics.observers import AverageMinMax, TokenWise
-from .numerics.ranges import DYNAMIC, RANGES, Given, MinMSE, Range, WeightedMSE, check_range
+from .numerics.ranges import DYNAMIC, RANGES, Given, MinMSE, OutputMSE, Range, check_range
 
 VERSION = 1  # of the dict form; a change that old code would misread raises it
 
@@ -117,7 +117,7 @@ class Override:
             raise RecipeError(f"the override of {self.rule!r} has the role {self.role!r}: {nearest(str(self.role), ROLES)}")
         if not isinstance(self.spec, Spec | None):
             raise RecipeError(f"the override of {self.rule!r} has the spec {self.spec!r}, a Spec or None is needed")
-        _check_weighted(f"the override of {self.rule!r}", self.role, self.spec)
+        _check_of_outputs(f"the override of {self.rule!r}", self.role, self.spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class Recipe:
         for role in ROLES:
             if not isinstance(spec := getattr(self, role), Spec | None):
                 raise RecipeError(f"{role} of recipe {self.name!r} is {spec!r}, a Spec or None is needed")
-            _check_weighted(f"recipe {self.name!r}", role, spec)
+            _check_of_outputs(f"recipe {self.name!r}", role, spec)
         object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
             if not isinstance(override, Override):
@@ -323,10 +323,10 @@ def refuse_tensors(where: str, data: Any) -> None:
             refuse_tensors(f"{where}[{index}]", value)
 
 
-def _check_weighted(where: str, role: str, spec: Spec | None) -> None:
-    """Raise RecipeError if something other than a weight is to have the range that its input asks for."""
-    if spec is not None and spec.range == WeightedMSE() and role != "weights":
-        raise RecipeError(f"{where} has {spec.range} for its {role}; it is for weights, whose error an input multiplies")
+def _check_of_outputs(where: str, role: str, spec: Spec | None) -> None:
+    """Raise RecipeError if something other than a weight is to have the range that is best for a product's outputs."""
+    if spec is not None and spec.range == OutputMSE() and role != "weights":
+        raise RecipeError(f"{where} has {spec.range} for its {role}; it is for the weights of products")
 
 
 def _strings(field: str, value: Any) -> tuple[str, ...]:
@@ -425,5 +425,5 @@ PRESETS: tuple[Recipe, ...] = (
     whole("OS-W4A8", (4, 4, 8), TokenWise(fine=True), "migrate_gain"),
     Recipe(name="OSPLUS-W8A8", weights=_INT8_CHANNELS, activations=_static(8, AverageMinMax()), transforms=("shift_scale",)),
     whole("OSPLUS-W6A6", (6, 6, 6), AverageMinMax(), "shift_scale"),
-    Recipe(name="AWQ-W4A16", weights=replace(_UINT4_GROUPS, range=WeightedMSE()), transforms=("awq",)),
+    Recipe(name="AWQ-W4A16", weights=replace(_UINT4_GROUPS, range=OutputMSE()), transforms=("awq",)),
 )

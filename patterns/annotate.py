@@ -19,8 +19,8 @@ from fxquant.graph.rewrite import WRITTEN, splice
 from fxquant.graph.tidy import operand, value
 from fxquant.graph.weights import cone_of, parameter_only
 from fxquant.numerics.granularity import PerChannel, PerGroup, PerToken
-from fxquant.numerics.ranges import DYNAMIC, WeightedMSE
-from fxquant.numerics.weighted import clipped
+from fxquant.numerics.of_outputs import clipped
+from fxquant.numerics.ranges import DYNAMIC, OutputMSE
 from fxquant.plan import WEIGHT
 from fxquant.recipe import Recipe, Spec
 from fxquant.report import sqnr
@@ -95,7 +95,7 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
     ``ranges`` gives the range of a static edge, or of a weight, by its key. Without it they stay open, for calibration to find.
     """
     sites: dict[tuple[fx.Node, fx.Node], Site] = {}
-    weighted: Counter[str] = Counter()
+    searched: Counter[str] = Counter()
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     folded = parameter_only(gm)
     for number, (node, weight, kind) in enumerate([*parameter_products(gm), *_look_ups(gm, folded)]):
@@ -110,9 +110,9 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
         site = _decide(site, node, weight, recipe)
         if not site.reason and not fuel.take(f"quantize {path}"):
             site = replace(site, reason="out of fuel")
-        if not site.reason and site.weight is not None and site.weight.range == WeightedMSE():
-            weighted[path] += 1
-            site = replace(site, weight_range=numbered(path, WEIGHT, weighted[path]))
+        if not site.reason and site.weight is not None and site.weight.range == OutputMSE():
+            searched[path] += 1
+            site = replace(site, weight_range=numbered(path, WEIGHT, searched[path]))
             site = site if ranges is None else settled(site, ranges)
         sites[node, weight] = site
     rounded_inputs = {node: (s.activation, s.names) for (node, _), s in sites.items() if not s.reason and s.activation}
@@ -133,7 +133,7 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
 
 
 NO_RANGE = "the recipe is static and no range is known for this site; calibrate, or add it to ranges"
-NO_WEIGHT_RANGE = "the range of its weight depends on what its input weighs, which is not known; calibrate"
+NO_WEIGHT_RANGE = "the range of its weight is to be found by calibration, and no plan has it; calibrate"
 
 
 def settled(site: Site, ranges: Ranges) -> Site:

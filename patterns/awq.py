@@ -18,7 +18,7 @@ from fxquant.graph.fuel import Fuel
 from fxquant.numerics.observer import Observer
 
 from .inputs import check_lengths, check_scales, put, sites_of
-from .measured import Measured
+from .measured import Measured, standing_for_all
 from .output_error import OutputError, check_finite, left_alone
 
 NAME = "awq"
@@ -78,7 +78,7 @@ def all_tokens(measured: Measured, rows: int) -> Measured:
     some = measured.rows[:rows].float()
     if measured.far is None or measured.activation is not None:
         return replace(measured, rows=some)
-    return replace(measured, rows=torch.cat([some * (measured.tokens / len(some)) ** 0.5, measured.far.float()]))
+    return replace(measured, rows=standing_for_all(some, measured.far.float(), measured.tokens))
 
 
 def importance_scale(mean: Tensor, power: float) -> Tensor:

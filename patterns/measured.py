@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fxquant.recipe import Spec
@@ -30,3 +31,8 @@ class Measured:
     absorbed: bool
     far: Tensor | None = None
     tokens: int = 0
+
+
+def standing_for_all(sample: Tensor, far: Tensor, tokens: int) -> Tensor:
+    """Rows whose squared errors add up as those of all ``tokens``: a ``sample`` [R, K], made larger for it, and the ``far`` ones."""
+    return torch.cat([sample * (tokens / len(sample)) ** 0.5, far])

@@ -17,7 +17,7 @@ from fxquant.numerics.affine import IntAffine
 from fxquant.numerics.formats import FORMATS
 from fxquant.numerics.granularity import GRANULARITIES, PerChannel, PerGroup, PerTensor, PerToken
 from fxquant.numerics.observers import AverageMinMax, MinMSE, TokenWise
-from fxquant.numerics.ranges import RANGES, Dynamic, Given, WeightedMSE
+from fxquant.numerics.ranges import RANGES, Dynamic, Given, OutputMSE
 from fxquant.recipe import Override, Recipe, Spec
 
 NAMES = {
@@ -107,7 +107,7 @@ def test_every_preset_quantizes_a_weight_and_an_activation(name):
     recipe = Recipe.preset(name)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     assert recipe.name == name and recipe.weights is not None
-    weights = replace(recipe.weights, range=Dynamic()) if recipe.weights.range == WeightedMSE() else recipe.weights
+    weights = replace(recipe.weights, range=Dynamic()) if recipe.weights.range == OutputMSE() else recipe.weights
     assert (weights.fake_quantize(x) - x).norm() < 0.15 * x.norm()
     if (spec := recipe.activations) is not None and spec.range == Dynamic():
         assert (spec.fake_quantize(x) - x).norm() < 0.01 * x.norm()
@@ -134,7 +134,7 @@ PROMISED = {
     "OS-W4A8": (Spec(IntAffine(4), PerChannel(0), MinMSE()), _static(8, TokenWise(fine=True)), ("migrate_gain",)),
     "OSPLUS-W8A8": (_W8, _static(8, AverageMinMax()), ("shift_scale",)),
     "OSPLUS-W6A6": (Spec(IntAffine(6), PerChannel(0), MinMSE()), _static(6, AverageMinMax()), ("shift_scale",)),
-    "AWQ-W4A16": (replace(_UW4, range=WeightedMSE()), None, ("awq",)),
+    "AWQ-W4A16": (replace(_UW4, range=OutputMSE()), None, ("awq",)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Where the range [lo, hi] of a block comes from: the data at hand, numbers given, an observer, or what inputs weigh."""
+"""Where the range [lo, hi] of a block comes from: the data at hand, numbers given, an observer, or the outputs of the product."""
 
 import math
 from abc import ABC, abstractmethod
@@ -83,16 +83,16 @@ class Given(_Range):
 
 
 @dataclass(frozen=True)
-class WeightedMSE(_Range):
-    """For weights: of each block the range of least ``sum_k E[x_k^2] (q(w_k) - w_k)^2``, ``x`` being the product's input.
+class OutputMSE(_Range):
+    """For weights: the ranges of least squared error of the product's outputs, on inputs that calibration samples.
 
-    That is the squared error of the product, if errors of single weights are independent. ``fxquant.calibrate`` measures the
-    mean squares and puts the ranges into the plan; a weight without one stays in floating point.
+    ``fxquant.calibrate`` looks for them (numerics/of_outputs.py) and keeps them in the plan; a weight without one stays in
+    floating point.
     """
 
     def of(self, blocks: Tensor, granularity: Granularity, quantized: RoundTrip) -> tuple[Tensor, Tensor]:
         raise RecipeError(
-            "WeightedMSE() takes no range of the weight alone, it needs to know what its input weighs; give the recipe to "
+            "OutputMSE() takes no range of the weight alone, it depends on what the weight is multiplied by; give the recipe to "
             "fxquant.calibrate() and compile with its plan, or use MinMSE()"
         )
 
@@ -106,7 +106,7 @@ def check_range(lo: object, hi: object, where: str) -> None:
         raise RecipeError(f"{where} has the range ({lo!r}, {hi!r}), whose low end lies above its high end; swap them")
 
 
-Range = Dynamic | Given | WeightedMSE | Observer
+Range = Dynamic | Given | OutputMSE | Observer
 
 # What a recipe can name; a new way to a range is one class and one entry here, an observer one in observers.py.
-RANGES: tuple[type[Range], ...] = (Dynamic, Given, WeightedMSE, *OBSERVERS)
+RANGES: tuple[type[Range], ...] = (Dynamic, Given, OutputMSE, *OBSERVERS)
