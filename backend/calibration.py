@@ -271,7 +271,7 @@ class MeasuringStage(Stage):
         return chosen
 
     def weight_ranges(self, notes: dict[str, str], progress: "Progress") -> Ranges:
-        """By key the range of every weight that is to have the one of least error of its product; ``notes``: where none was seen.
+        """By key the range of every weight that is to have that of least error of its product; ``notes``: those without data.
 
         Raises FxquantError for a weight that holds NaN or infinity.
         """

@@ -62,7 +62,8 @@ class Site:
         if self.weight is None:
             return w
         if self.ends is not None:
-            w = clipped(w, *(end.to(w) for end in self.ends), self.weight.granularity)
+            lo, hi = (end.to(w) for end in self.ends)
+            w = clipped(w, lo, hi, self.weight.granularity)
         return self.weight.fake_quantize(w)
 
     @property

@@ -83,12 +83,15 @@ def settle(edges: Iterable[Edge], recipe: Recipe, ranges: Ranges) -> tuple[list[
         if not edge.spec.is_static or _is_given(edge.spec):
             settled.append(edge)
             continue
-        own = next(filter(None, map(recipe.given_range, edge.names)), None) if edge.role == "input" else None
-        if own is None and (ends := ranges(edge.key)) is None:
+        own: tuple[Any, ...] | None = None
+        if edge.role == "input":
+            own = next(filter(None, map(recipe.given_range, edge.names)), None)
+        if own is None and (ends := ranges(edge.key)) is not None:
+            own = tuple(tuple(end.tolist()) if end.ndim else end.item() for end in ends)
+        if own is None:
             missing.append(edge)
-            continue
-        given = Given(*own) if own is not None else Given(*(tuple(e.tolist()) if e.ndim else e.item() for e in ends))
-        settled.append(replace(edge, spec=replace(edge.spec, range=given)))
+        else:
+            settled.append(replace(edge, spec=replace(edge.spec, range=Given(*own))))
     return settled, missing
 
 

@@ -34,5 +34,5 @@ class Measured:
 
 
 def standing_for_all(sample: Tensor, far: Tensor, tokens: int) -> Tensor:
-    """Rows whose squared errors add up as those of all ``tokens``: a ``sample`` [R, K], made larger for it, and the ``far`` ones."""
+    """Rows whose squared errors add up as those of all ``tokens``: a ``sample`` [R, K], enlarged for that, and ``far`` ones."""
     return torch.cat([sample * (tokens / len(sample)) ** 0.5, far])

@@ -1,7 +1,7 @@
 """The range of a weight's blocks by what rounding does to the outputs of the product, on a sample of its inputs.
 
-With ``E = q(W) - W`` the error is ``|| X E^T ||^2``. Outputs, the rows of ``W``, do not meet in it; the groups along a row do: what
-one leaves over, the next may make up for. So a group takes the ends of least error of the whole row, one after the other, the
+With ``E = q(W) - W`` the error is ``|| X E^T ||^2``. Outputs, the rows of ``W``, do not meet in it; the groups along a row do:
+what one leaves over, the next may make up for. So one group after the other takes the ends of least error of the whole row, the
 groups behind it unrounded at first, and then once more with all others as they are.
 
 AWQ's clip search (Lin et al., 2024, in its code) tries one shrink for both ends, of each group by itself.

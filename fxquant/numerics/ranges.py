@@ -1,4 +1,4 @@
-"""Where the range [lo, hi] of a block comes from: the data at hand, numbers given, an observer, or the outputs of the product."""
+"""Where the range [lo, hi] of a block comes from: the data at hand, numbers given, an observer, or a product's outputs."""
 
 import math
 from abc import ABC, abstractmethod
@@ -92,8 +92,8 @@ class OutputMSE(_Range):
 
     def of(self, blocks: Tensor, granularity: Granularity, quantized: RoundTrip) -> tuple[Tensor, Tensor]:
         raise RecipeError(
-            "OutputMSE() takes no range of the weight alone, it depends on what the weight is multiplied by; give the recipe to "
-            "fxquant.calibrate() and compile with its plan, or use MinMSE()"
+            "OutputMSE() takes no range of the weight alone, it depends on what the weight is multiplied by; give the recipe "
+            "to fxquant.calibrate() and compile with its plan, or use MinMSE()"
         )
 
 
