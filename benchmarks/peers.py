@@ -456,6 +456,7 @@ PEERS = (
     Peer("fxquant", "W6A6 static", "OS+", static6(method="OS+")),
     Peer("fxquant", "W4A16", "groups of 96, min-max", groups4(method="none"), LM),
     Peer("fxquant", "W4A16", "groups of 96, AWQ", groups4(method="AWQ"), LM),
+    Peer("fxquant", "W4A16", "groups of 96, AWQ, ranges of outputs", groups4(method="AWQ, ranges"), LM),
     Peer("onnxruntime", "float", "the export itself", ort_float),
     Peer("openvino", "float", "the export itself", nncf_float),
     Peer("torchao", "W8A8 dynamic", "per token, symmetric", torchao_dynamic),
