@@ -96,7 +96,7 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
     ``ranges`` gives the range of a static edge, or of a weight, by its key. Without it they stay open, for calibration to find.
     """
     sites: dict[tuple[fx.Node, fx.Node], Site] = {}
-    searched: Counter[str] = Counter()
+    read_by: Counter[str] = Counter()  # products, also those that stay in floating point: ignoring one renames no other
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     folded = parameter_only(gm)
     for number, (node, weight, kind) in enumerate([*parameter_products(gm), *_look_ups(gm, folded)]):
@@ -111,9 +111,9 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
         site = _decide(site, node, weight, recipe)
         if not site.reason and not fuel.take(f"quantize {path}"):
             site = replace(site, reason="out of fuel")
+        read_by[path] += kind != "embedding"
         if not site.reason and site.weight is not None and site.weight.range == OutputMSE():
-            searched[path] += 1
-            site = replace(site, weight_range=numbered(path, WEIGHT, searched[path]))
+            site = replace(site, weight_range=numbered(path, WEIGHT, read_by[path]))
             site = site if ranges is None else settled(site, ranges)
         sites[node, weight] = site
     rounded_inputs = {node: (s.activation, s.names) for (node, _), s in sites.items() if not s.reason and s.activation}

@@ -35,4 +35,7 @@ class Measured:
 
 def standing_for_all(sample: Tensor, far: Tensor, tokens: int) -> Tensor:
     """Rows whose squared errors add up as those of all ``tokens``: a ``sample`` [R, K], enlarged for that, and ``far`` ones."""
-    return torch.cat([sample * (tokens / len(sample)) ** 0.5, far])
+    if tokens <= len(far):
+        return far
+    others = sample[sample.abs().amax(1) < far.abs().amax(1).min()]  # a far one that chance drew, too, stands for itself alone
+    return torch.cat([others * ((tokens - len(far)) / len(others)) ** 0.5, far]) if len(others) else sample

@@ -111,6 +111,15 @@ def test_an_infinity_is_not_clipped_away() -> None:
     assert kept[0, :3].tolist() == [0.5, float("inf"), -1.0] and bool(kept[0, 3].isnan())
 
 
+def test_a_sample_stands_for_all_tokens_and_what_reaches_far_for_itself() -> None:
+    few, massive = torch.full((4, 3), 2.0), torch.full((2, 3), 9.0)
+    for sample in (few, torch.cat([few, torch.full((1, 3), 10.0)])):  # of the far ones, one that chance drew, too
+        rows = standing_for_all(sample, massive, tokens=100)
+        assert float(rows.square().sum()) == pytest.approx(98 * 3 * 4 + 2 * 3 * 81)
+    assert torch.equal(standing_for_all(massive, massive, tokens=2), massive)
+    assert torch.equal(standing_for_all(few, few[:1], tokens=100), few)  # none is farther than others
+
+
 # ---- in a recipe
 
 
@@ -166,8 +175,8 @@ def test_the_compiled_model_rounds_by_what_came_by() -> None:
     hidden = torch.relu(model.up(x))
     weights = {}
     for name, seen in (("up", x), ("down", hidden)):
-        w, rows = model.get_submodule(name).weight.detach(), standing_for_all(seen.detach(), seen.detach(), len(seen))
-        lo, hi = range_of_weight(w, rows, GROUPS.format, GROUPS.granularity)  # all rows are kept, and all are of the farthest
+        w = model.get_submodule(name).weight.detach()
+        lo, hi = range_of_weight(w, seen.detach(), GROUPS.format, GROUPS.granularity)
         found = plan.range(f"{name}.weight:weight")
         assert found is not None
         torch.testing.assert_close(found, (lo, hi))
@@ -182,6 +191,36 @@ def test_the_compiled_model_rounds_by_what_came_by() -> None:
     signal = [model.get_submodule(n).weight.detach().square().mean() for n in ("up", "down")]
     noise = [10 * float((s / e).log10()) for s, e in zip(signal, rounded, strict=True)]
     assert [site.sqnr for site in report.sites] == pytest.approx(noise, abs=0.01)
+
+
+def test_linears_that_read_one_value_have_ranges_by_it_and_all_stand_for_more_tokens_than_are_kept() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = nn.Linear(32, 16), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = torch.sigmoid(self.gate(x)) * self.up(x)
+            return y
+
+    torch.manual_seed(0)
+    model = Pair().eval()
+    x = torch.ones(4096, 32) * torch.linspace(0.1, 1, 32)  # all alike, and a few that reach far in other channels
+    x[:32] = torch.randn(32, 32) * 3
+    plan = calibrate(model, [x], RECIPE)
+    for name in ("gate", "up"):
+        wanted = range_of_weight(model.get_submodule(name).weight.detach(), x, GROUPS.format, GROUPS.granularity)
+        found = plan.range(f"{name}.weight:weight")
+        assert found is not None and "left alone" not in plan.notes
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_weight_that_is_no_number_stops_calibration_by_name() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model.down.weight[0, 0] = float("nan")
+    with pytest.raises(fxquant.FxquantError, match=r"'down\.weight' holds NaN or infinity"):
+        calibrate(model, inputs(), RECIPE)
 
 
 def test_a_plan_keeps_them_in_its_file_and_says_so(tmp_path: Path) -> None:
@@ -258,6 +297,32 @@ def test_a_layer_that_runs_twice_has_two_ranges() -> None:
         hidden = torch.relu(nn.functional.linear(data[0], weights[0], model.layer.bias)) * torch.arange(16)
         expected = nn.functional.linear(hidden, weights[1], model.layer.bias)
         torch.testing.assert_close(compiled(model, plan)(data[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ignoring_one_of_them_leaves_the_other_its_range() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 0 * self.first.weight.sum()  # read here first, so the weight goes by this name
+            y: Tensor = self.first(torch.relu(self.second(x)) * torch.arange(16))
+            return y
+
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.randn(64, 16)
+    plan = calibrate(model, [x], Recipe(weights=replace(GROUPS, granularity=PerChannel(0))))
+    (key,) = (key.removeprefix("low/") for key in plan.tensors if key.startswith("low/") and key.endswith("#2"))
+    ends = plan.range(key)
+    assert ends is not None
+    plain = replace(GROUPS, granularity=PerChannel(0), range=fxquant.Dynamic()).fake_quantize
+    with torch.no_grad():
+        hidden = torch.relu(model.first(x)) * torch.arange(16)
+        expected = hidden @ plain(clipped(model.first.weight, *ends, PerChannel(0))).T
+        fast = compiled(model, plan, ignore=["second"])
+        torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
 
 
 class Experts(nn.Module):
