@@ -65,18 +65,18 @@ def test_what_is_clipped_is_rounded_within_the_range_found_and_no_worse_than_bet
         assert error(w, rounded, inputs) <= error(w, form.fake_quantize(w, granularity), inputs) * (1 + 1e-5)
 
 
-@given(st.lists(seeds, min_size=20, max_size=20, unique=True), forms)
-def test_groups_make_up_for_each_other(drawn, form):
+@pytest.mark.parametrize("form", [IntAffine(4), IntAffine(2, symmetric=False)], ids=str)
+def test_groups_make_up_for_each_other(form):
     """Less error than if each group had its own least; as means over some weights, for a single one may be unlucky."""
     together, alone = [], []
-    for seed in drawn:
+    for seed in range(20):
         w, inputs = weight_and_inputs(seed)
         own = [range_of_weight(w[:, g : g + 8], inputs[:, g : g + 8], form, PerToken()) for g in (0, 8, 16)]
         stacked = torch.stack([lo for lo, _ in own], 1), torch.stack([hi for _, hi in own], 1)
         for found, (lo, hi) in ((together, range_of_weight(w, inputs, form, PerGroup(8))), (alone, stacked)):
             rounded = form.fake_quantize(clipped(w, lo, hi, PerGroup(8)), PerGroup(8))
             found.append(error(w, rounded, inputs) / error(w, form.fake_quantize(w, PerGroup(8)), inputs))
-    assert sum(together) < 0.95 * sum(alone) < 0.95 * len(drawn)
+    assert sum(together) < 0.95 * sum(alone) < 0.5 * 20
 
 
 @given(seeds, forms, granularities, st.integers(1, 200))
