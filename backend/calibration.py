@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,9 +32,8 @@ from fxquant.graph.tidy import tidy, value
 from fxquant.graph.weights import cone_of
 from fxquant.numerics.affine import IntAffine, check_finite
 from fxquant.numerics.granularity import PerTensor
-from fxquant.numerics.of_outputs import range_of_weight
-from fxquant.numerics.ranges import OutputMSE
-from fxquant.patterns.annotate import SITE, Site, annotate, quantize_weights, settled
+from fxquant.numerics.of_outputs import clips_of
+from fxquant.patterns.annotate import CLIP, SITE, Clips, Site, annotate, quantize_weights, settled
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.edges import Edge, insert, rounded
 from fxquant.patterns.inputs import absorbs, linear_inputs
@@ -55,7 +54,7 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 Maps = dict[str, dict[str, dict[str, Tensor]]]
 """transform -> need -> site -> what it writes."""
 Ranges = dict[str, tuple[Tensor, Tensor]]
-"""key of an edge or a weight -> its low and high end."""
+"""key of an edge -> its low and high end."""
 
 
 class Stage:
@@ -219,7 +218,7 @@ class MeasuringStage(Stage):
         self.seen: dict[str, _Seen] = {}
         self._decoder: dict[str, bool] = {}
         self._linears: dict[str, Callable[[_Seen], Measured]] = {}
-        self._searched: dict[str, tuple[str | None, Site, Callable[[], Tensor]]] = {}
+        self._clipped: dict[str, _Clipped] = {}
 
     def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         equalize(gm, self._done, Fuel(), **self._maps)
@@ -246,8 +245,8 @@ class MeasuringStage(Stage):
                 observers[linear] = where
         for node in gm.graph.nodes:
             site = site_of.get(node.meta.get(SITE))
-            if site is not None and site.weight_range and site.weight_range not in self._searched:
-                self._searched[site.weight_range] = observers.get(node), site, _evaluated(gm, node.args[1], args)
+            if site is not None and site.weight is not None and site.weight.is_of_outputs and site.path not in self._clipped:
+                self._clipped[site.path] = _Clipped(site, observers.get(node, ""), _evaluated(gm, node.args[1], args))
         gm.recompile()
         return self._session.runnable(gm, args)
 
@@ -270,28 +269,39 @@ class MeasuringStage(Stage):
                 chosen.setdefault(need, {})[where] = tensor
         return chosen
 
-    def weight_ranges(self, notes: dict[str, str], progress: "Progress") -> Ranges:
-        """By key the range of every weight that is to have that of least error of its product; ``notes``: those without data.
+    def clips(self, notes: dict[str, str], progress: "Progress") -> Clips:
+        """Of every weight that is to have the range of least error of its product, by path; ``notes``: those without data.
 
-        Raises FxquantError for a weight that holds NaN or infinity.
+        Of a layer that runs several times, the first run counts. Raises FxquantError for a weight, and CalibrationError for an
+        input, that holds NaN or infinity.
         """
-        found: Ranges = {}
-        for key in progress(list(self._searched), "ranges of weights"):
-            where, site, evaluated = self._searched[key]
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for path in progress(list(self._clipped), "ranges of weights"):
+            site, where, evaluated = self._clipped[path]
             weight = evaluated() if site.lies else evaluated().transpose(-2, -1)
-            check_finite(site.path, weight)
-            seen = self.seen.get(where) if where else None
+            check_finite(path, weight)
+            seen = self.seen.get(where)
             if seen is None or seen.rows is None or seen.far is None:
-                notes[f"range: {key}"] = "no token was seen before it; all of its inputs count alike"
+                notes[f"clip: {path}"] = "no input of it was seen; all of its channels count alike"
                 inputs = torch.eye(weight.shape[-1], device=weight.device)
             else:
                 inputs = standing_for_all(seen.rows, seen.far, seen.count)
+            if not bool(inputs.isfinite().all()):
+                raise CalibrationError(f"'{path}': its input holds NaN or infinity; repair the model or the data, or ignore it")
             assert site.weight is not None
             form = site.weight.format
             assert isinstance(form, IntAffine)
-            lo, hi = range_of_weight(weight, inputs, form, site.weight.granularity)
-            found[key] = lo.cpu(), hi.cpu()
+            low, high = clips_of(weight, inputs, form, site.weight.granularity)
+            found[path] = low.cpu(), high.cpu()
         return found
+
+
+class _Clipped(NamedTuple):
+    """A weight whose range is looked for: its site, the key of what its input shows (none: nothing is watched), itself."""
+
+    site: Site
+    where: str
+    weight: Callable[[], Any]
 
 
 def _evaluated(gm: fx.GraphModule, node: Any, args: Sequence[Any]) -> Callable[[], Any]:
@@ -363,8 +373,8 @@ class ObservingStage(Stage):
 class SimulatingStage(Stage):
     """The transformed graphs with everything rounded; each static edge by a Quantizer whose range can be set and learned."""
 
-    def __init__(self, session: Session, maps: Maps, quantizers: Mapping[str, Quantizer], weights: Ranges) -> None:
-        self._session, self._maps, self.quantizers, self._weights = session, maps, quantizers, weights
+    def __init__(self, session: Session, maps: Maps, quantizers: Mapping[str, Quantizer], clips: Clips) -> None:
+        self._session, self._maps, self.quantizers, self._clips = session, maps, quantizers, clips
 
     def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         recipe = self._session.recipe
@@ -382,7 +392,7 @@ class SimulatingStage(Stage):
 
         known = [edge for edge in annotation.edges if not edge.spec.is_observed or edge.key in self.quantizers]
         insert(gm, known, write)
-        quantize_weights(gm, replace(annotation, sites=tuple(settled(s, self._weights.get) for s in annotation.sites)))
+        quantize_weights(gm, replace(annotation, sites=tuple(settled(s, self._clips) for s in annotation.sites)))
         return self._session.runnable(gm, args)
 
 
@@ -565,14 +575,14 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
                 pass
         maps[transform.name] |= stage.choices(transform, notes, progress)
 
-    weights: Ranges = {}
-    if any(spec.range == OutputMSE() for _, spec in recipe.specs()):
+    clips: Clips = {}
+    if any(spec.is_of_outputs for _, spec in recipe.specs()):
         stage = MeasuringStage(session, recipe.transforms, maps, seed)
         session.enter(stage)
         with watching(stage):
             for _ in runner.run("measuring for the ranges of weights"):
                 pass
-        weights = stage.weight_ranges(notes, progress)
+        clips = stage.clips(notes, progress)
 
     observing = ObservingStage(session, maps)
     session.enter(observing)
@@ -587,10 +597,12 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
             "the model ran and no graph of it was captured; is it inside torch.compiler.disable()? A bare Sequential is never "
             "captured: put it in a module of your own"
         )
-    ranges, found = search(runner, observing, maps, weights, wanted, progress, seed)
+    ranges, found = search(runner, observing, maps, clips, wanted, progress, seed)
     tensors = {f"{need}/{name}/{site}": t for name, m in maps.items() for need, sites in m.items() for site, t in sites.items()}
-    for key, (low, high) in (ranges | weights).items():
+    for key, (low, high) in ranges.items():
         tensors |= {f"low/{key}": low, f"high/{key}": high}
+    for path, (low, high) in clips.items():
+        tensors |= {f"low/{CLIP}/{path}": low, f"high/{CLIP}/{path}": high}
     return Plan(recipe, tensors, _sites(session), {**found, "left alone": notes} if notes else found)
 
 

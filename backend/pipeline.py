@@ -15,7 +15,7 @@ from fxquant.graph.rewrite import copy_of
 from fxquant.graph.stages import Stages
 from fxquant.graph.tidy import tidy, value, views_that_may_copy
 from fxquant.graph.weights import cone_of
-from fxquant.patterns.annotate import NO_RANGE, Site, annotate, quantize
+from fxquant.patterns.annotate import CLIP, NO_RANGE, Clips, Site, annotate, quantize
 from fxquant.patterns.canonical import canonicalize
 from fxquant.patterns.edges import Edge
 from fxquant.patterns.linear import parameter_products
@@ -72,7 +72,7 @@ def _through_all_stages(graph: fx.GraphModule, settings: Settings, differentiabl
         _check(plan, graph, {path: tuple(value(inputs[i]).shape) for path, i in reads.items()})
     notes = equalize(graph, recipe.transforms, fuel, **arguments_of(plan))
     stages.show("equalized", graph, f"{len(notes)} transforms")
-    annotation = annotate(graph, recipe, fuel, plan.range if plan else no_range)
+    annotation = annotate(graph, recipe, fuel, plan.range if plan else no_range, clips_of(plan))
     sites = annotation.sites
     stages.show("annotated", graph)
     quantize(graph, annotation)
@@ -179,6 +179,12 @@ def arguments_of(plan: Plan | None) -> dict[str, dict[str, Any]]:
         return {}
     found = {t: plan.maps(t.name) for t in read(plan.recipe.transforms) if t.needs}
     return {t.name: {need: maps.get(need, {}) for need in t.needs} for t, maps in found.items()}
+
+
+def clips_of(plan: Plan | None) -> Clips:
+    """What the plan has of the ranges of weights."""
+    found = plan.maps(CLIP) if plan is not None else {}
+    return {path: (low, found["high"][path]) for path, low in found.get("low", {}).items()}
 
 
 def _check(plan: Plan, graph: fx.GraphModule, weights: dict[str, tuple[int, ...]]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxquant.numerics.granularity import PerTensor
 from fxquant.numerics.observers import TokenWise
+from fxquant.patterns.annotate import Clips
 from fxquant.recipe import Recipe
 
 from .calibration import COMPARED, Maps, ObservingStage, Progress, Ranges, Runner, SimulatingStage, compared
@@ -30,14 +31,14 @@ def search(
     runner: Runner,
     observed: ObservingStage,
     maps: Maps,
-    weights: Ranges,
+    clips: Clips,
     wanted: list[Tensor],
     progress: Progress,
     seed: int,
 ) -> tuple[Ranges, dict[str, Any]]:
     """The range of every observed edge, and notes for people: the losses of the search and of learning.
 
-    ``weights``: the ranges of weights that calibration has found. ``wanted`` is what the float model answers to each batch, of
+    ``clips``: those of weights that calibration has found. ``wanted`` is what the float model answers to each batch, of
     which nothing is needed where ``searches(recipe)`` is False.
     """
     edges, states = observed.edges, observed.states
@@ -65,7 +66,7 @@ def search(
     quantizers = {key: Quantizer(edges[key].spec) for key in states}
     divisible = runner.divisible(PIECES)
     pieces = divisible if _by_sample(runner.session.recipe, wanted) else 1
-    simulating = SimulatingStage(runner.session, maps, quantizers, weights)
+    simulating = SimulatingStage(runner.session, maps, quantizers, clips)
     runner.session.enter(simulating)
     if searched:
         bits = min(edges[key].spec.format.bits for key in searched)

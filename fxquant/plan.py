@@ -25,9 +25,8 @@ HEADER = "fxquant"  # the one key of the file's metadata: safetensors writes sev
 SHOWN = 5  # sites of a list in an error
 FEW = 64  # names that are compared letter by letter though they have no part in common
 
-WEIGHT = "weight"  # the role of a weight in the key of its range
-
 Shape = tuple[int, ...]
+Ends = tuple[float | tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,8 +34,7 @@ class Plan:
     """A recipe and the numbers it needs: ``torch.compile(model, backend="outlierq", options={"plan": plan})`` takes it.
 
     ``tensors``: float32, finite, on the CPU, copied. ``"low/<edge>"`` and ``"high/<edge>"``, [] or [channels], are the range of
-    the edge ``"<site>:<role>"``, and those of the weight ``"<site>:weight"`` have the shape of its scales.
-    ``"<need>/<transform>/<site>"`` is what a transform writes into the graph at that site.
+    the edge ``"<site>:<role>"``; ``"<need>/<transform>/<site>"`` is what a transform writes into the graph at that site.
     ``sites``: the weights that calibration met, by dotted name, and their shapes. ``notes``: JSON values for people, such as
     the loss curve of a search. Plans are equal, and hash alike, where all of this is: they compare by ``digest``.
     Raises PlanError for tensors that are not numbers, keys of another form, and names that cannot be written.
@@ -72,15 +70,15 @@ class Plan:
                 found.setdefault(need, {})[rest[1]] = tensor
         return found
 
-    def range(self, edge: str) -> tuple[Tensor, Tensor] | None:
-        """(low, high) of ``"<site>:<role>"``, [] or [channels] each, a weight's as its scales; None if nothing was measured.
+    def range(self, edge: str) -> Ends | None:
+        """(low, high) of ``"<site>:<role>"``: numbers, or a tuple of one number per channel each; None if nothing was measured.
 
         >>> plan.range("layers.0.up.weight:input")                          # doctest: +SKIP
-        (tensor(-3.), tensor(41.5000))
+        (-3.0, 41.5)
         """
         if (low := self.tensors.get(f"low/{edge}")) is None:
             return None
-        return low, self.tensors[f"high/{edge}"]
+        return tuple(tuple(t.tolist()) if t.ndim else t.item() for t in (low, self.tensors[f"high/{edge}"]))
 
     def check(self, sites: Mapping[str, Sequence[int]]) -> None:
         """Raise PlanError unless a model with these weights (name -> shape) has every site of this plan, in the same shape.
@@ -216,10 +214,9 @@ def _check_range(key: str, tensors: Mapping[str, Tensor]) -> None:
     if (other := f"{'high' if end == 'low' else 'low'}/{edge}") not in tensors:
         raise PlanError(f"a plan has the tensor {key!r} and no {other!r}; a range has two ends")
     low, high = tensors[f"low/{edge}"], tensors[f"high/{edge}"]
-    of_weight = edge.rpartition(":")[2].partition("#")[0] == WEIGHT
-    if low.shape != high.shape or (low.ndim > 1 and not of_weight):
-        shapes, needed = f"{_by(low.shape)} and {_by(high.shape)}", "one shape" if of_weight else "one shape [] or [channels]"
-        raise PlanError(f"the ends of the range of {edge!r} have the shapes {shapes}, {needed} is needed")
+    if low.shape != high.shape or low.ndim > 1:
+        shapes = f"{_by(low.shape)} and {_by(high.shape)}"
+        raise PlanError(f"the ends of the range of {edge!r} have the shapes {shapes}, one shape [] or [channels] is needed")
     if (low > high).any():
         raise PlanError(f"the range of {edge!r} has a low end above its high end; swap them")
 

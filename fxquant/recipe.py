@@ -86,6 +86,11 @@ class Spec:
         return self.range if isinstance(self.range, Observer) and fixed else None
 
     @property
+    def is_of_outputs(self) -> bool:
+        """For weights: calibration has to find their ranges, by the outputs of the product."""
+        return self.range == OutputMSE()
+
+    @property
     def brief(self) -> str:
         """A few words for a report: ``int4 per group of 128``."""
         sign = "int" if getattr(self.format, "symmetric", True) else "uint"
@@ -325,8 +330,12 @@ def refuse_tensors(where: str, data: Any) -> None:
 
 def _check_of_outputs(where: str, role: str, spec: Spec | None) -> None:
     """Raise RecipeError if something other than a weight is to have the range that is best for a product's outputs."""
-    if spec is not None and spec.range == OutputMSE() and role != "weights":
+    if spec is None or not spec.is_of_outputs:
+        return
+    if role != "weights":
         raise RecipeError(f"{where} has {spec.range} for its {role}; it is for the weights of products")
+    if isinstance(spec.granularity, PerChannel) and spec.granularity != PerChannel(0):
+        raise RecipeError(f"{where} has {spec.range} and {spec.granularity}; ranges of rows, groups or all of it are searched")
 
 
 def _strings(field: str, value: Any) -> tuple[str, ...]:

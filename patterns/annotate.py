@@ -1,10 +1,8 @@
 """Say what of a graph is quantized and how: every product with a parameter is a Site, every activation to round an Edge."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -20,15 +18,17 @@ from fxquant.graph.tidy import operand, value
 from fxquant.graph.weights import cone_of, parameter_only
 from fxquant.numerics.granularity import PerChannel, PerGroup, PerToken
 from fxquant.numerics.of_outputs import clipped
-from fxquant.numerics.ranges import DYNAMIC, OutputMSE
-from fxquant.plan import WEIGHT
+from fxquant.numerics.ranges import DYNAMIC
 from fxquant.recipe import Recipe, Spec
 from fxquant.report import sqnr
 
-from .edges import Edge, Ends, Ranges, edges_of, insert, numbered, rounded, settle
+from .edges import Edge, Ranges, edges_of, insert, rounded, settle
 from .linear import parameter_products
 
 aten = torch.ops.aten
+Clips = Mapping[str, tuple[Tensor, Tensor]]
+"""Of weights by path: the shares of their extremes that they are clipped to."""
+CLIP = "clip"  # what a plan calls them, where transforms have their names
 SITE = "fxquant_site"  # the key of the site that a node computes, in its meta
 
 
@@ -38,8 +38,8 @@ class Site:
 
     ``path`` is the parameter's name, ``names`` all that a rule may call it (a tied head has that of its module too),
     ``argument`` its position among the graph's arguments, ``arguments`` all the positions that its weight expression reads;
-    ``reason`` says why it stays in floating point (empty: it is quantized). ``weight_range`` is the key under which calibration
-    keeps the range of its weight, empty where that is no matter of data; ``ends``: that range, once it is known.
+    ``reason`` says why it stays in floating point (empty: it is quantized). ``clips``: the shares of its extremes that its
+    weight is clipped to, where calibration has found such.
     """
 
     key: str
@@ -53,17 +53,19 @@ class Site:
     weight: Spec | None = None
     reason: str = ""
     names: tuple[str, ...] = ()
-    weight_range: str = ""
-    ends: Ends | None = None
+    clips: tuple[Tensor, Tensor] | None = None
     noise: Callable[[Mapping[int, Tensor]], float] | None = None
 
+    def clip(self, w: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """``w`` [..., N, K] within the shares ``low`` and ``high`` of its extremes."""
+        assert self.weight is not None
+        return clipped(w, low, high, self.weight.granularity, getattr(self.weight.format, "symmetric", True))
+
     def round_weight(self, w: Tensor) -> Tensor:
-        """``w`` [N, K] (of a stack [..., N, K]) as it is rounded here."""
+        """``w`` [..., N, K] as it is rounded here."""
         if self.weight is None:
             return w
-        if self.ends is not None:
-            lo, hi = (end.to(w) for end in self.ends)
-            w = clipped(w, lo, hi, self.weight.granularity)
+        w = w if self.clips is None else self.clip(w, *(share.to(w) for share in self.clips))
         return self.weight.fake_quantize(w)
 
     @property
@@ -90,13 +92,15 @@ class Annotation:
     open: tuple[Edge, ...] = ()
 
 
-def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | None = None) -> Annotation:
+def annotate(
+    gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | None = None, clips: Clips | None = None
+) -> Annotation:
     """The sites and edges of ``gm`` under ``recipe``; nodes that compute a site get its key. The graph computes what it did.
 
-    ``ranges`` gives the range of a static edge, or of a weight, by its key. Without it they stay open, for calibration to find.
+    ``ranges`` gives the range of a static edge by its key, ``clips`` the shares of a weight's extremes by its path. What needs
+    them stays open without, for calibration to find.
     """
     sites: dict[tuple[fx.Node, fx.Node], Site] = {}
-    read_by: Counter[str] = Counter()  # products, also those that stay in floating point: ignoring one renames no other
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     folded = parameter_only(gm)
     for number, (node, weight, kind) in enumerate([*parameter_products(gm), *_look_ups(gm, folded)]):
@@ -111,11 +115,7 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
         site = _decide(site, node, weight, recipe)
         if not site.reason and not fuel.take(f"quantize {path}"):
             site = replace(site, reason="out of fuel")
-        read_by[path] += kind != "embedding"
-        if not site.reason and site.weight is not None and site.weight.range == OutputMSE():
-            site = replace(site, weight_range=numbered(path, WEIGHT, read_by[path]))
-            site = site if ranges is None else settled(site, ranges)
-        sites[node, weight] = site
+        sites[node, weight] = site if clips is None else settled(site, clips)
     rounded_inputs = {node: (s.activation, s.names) for (node, _), s in sites.items() if not s.reason and s.activation}
     edges = edges_of(gm, rounded_inputs, recipe)
     missing: list[Edge] = []
@@ -134,16 +134,16 @@ def annotate(gm: fx.GraphModule, recipe: Recipe, fuel: Fuel, ranges: Ranges | No
 
 
 NO_RANGE = "the recipe is static and no range is known for this site; calibrate, or add it to ranges"
-NO_WEIGHT_RANGE = "the range of its weight is to be found by calibration, and no plan has it; calibrate"
+NO_CLIPS = "the range of its weight is to be found by calibration, and no plan has it; calibrate"
 
 
-def settled(site: Site, ranges: Ranges) -> Site:
-    """The site with the range of its weight, if calibration finds that; with the reason why not, if it did not."""
-    if not site.weight_range or site.weight is None:
+def settled(site: Site, clips: Clips) -> Site:
+    """The site with the range of its weight, where calibration is to find that; with the reason, if it did not."""
+    if site.reason or site.weight is None or not site.weight.is_of_outputs:
         return site
-    if (ends := ranges(site.weight_range)) is None:
-        return replace(site, reason=NO_WEIGHT_RANGE)
-    return replace(site, weight=replace(site.weight, range=DYNAMIC), ends=ends)
+    if (found := clips.get(site.path)) is None:
+        return replace(site, reason=NO_CLIPS)
+    return replace(site, weight=replace(site.weight, range=DYNAMIC), clips=found)
 
 
 def quantize(gm: fx.GraphModule, annotation: Annotation) -> fx.GraphModule:
@@ -158,7 +158,7 @@ def quantize_weights(gm: fx.GraphModule, annotation: Annotation) -> None:
     chosen = {site.key: site for site in annotation.sites}
     for node in list(gm.graph.nodes):
         site = chosen.get(node.meta.get(SITE))
-        if site is not None and site.weight is not None:
+        if site is not None and not site.reason and site.weight is not None:
             place = 0 if site.op == "embedding" else 1
             node.update_arg(place, _round_weight(gm, node, operand(node, place), site))
     gm.recompile()
@@ -239,14 +239,14 @@ def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, site: Si
     """A weight [N, K] of a linear is rounded along K; of a stack [..., K, N] the transpose is."""
     assert site.weight is not None
     turned = weight if site.lies else splice(gm, before, _transpose, weight)
-    if site.ends is not None:
+    if site.clips is not None:
         fake, granularity = value(turned), site.weight.granularity
-        needed, found = granularity.reduce(torch.amin, granularity.split(fake)).shape, site.ends[0].shape
+        needed, found = granularity.reduce(torch.amin, granularity.split(fake)).shape, site.clips[0].shape
         if found != needed:
             shapes = f"of shape {list(found)}, {list(needed)} is needed"
-            raise PlanError(f"the plan has a range for the weight of '{site.path}' {shapes}; calibrate this model as it is")
-        ends = [constant(gm, end.to(fake.device, fake.dtype), "range") for end in site.ends]
-        turned = splice(gm, before, partial(clipped, granularity=granularity), turned, *ends, memo=("clipped", granularity))
+            raise PlanError(f"the plan has ranges for the weight of '{site.path}' {shapes}; calibrate this model as it is")
+        shares = [constant(gm, share.to(fake.device, fake.dtype), "clip") for share in site.clips]
+        turned = splice(gm, before, site.clip, turned, *shares, memo=("clip", site.weight))
     rounded = _round(gm, before, turned, site.weight)
     return rounded if site.lies else splice(gm, before, _transpose, rounded)
 

@@ -29,8 +29,8 @@ from .residual import residuals
 
 aten = torch.ops.aten
 
-Ends = tuple[Tensor, Tensor]
-"""The low and the high end, [] or [channels] each; those of a weight have the shape of its scales."""
+Ends = tuple[float | tuple[float, ...], ...]
+"""The low and the high end, numbers or one of each channel."""
 Ranges = Callable[[str], Ends | None]
 Products = Mapping[fx.Node, tuple[Spec, tuple[str, ...]]]
 """The sites whose input is rounded: by what, and what a rule may call them."""
@@ -56,11 +56,12 @@ def edges_of(gm: fx.GraphModule, products: Products, recipe: Recipe) -> list[Edg
 
     Fused attention whose probabilities are rounded is written out; the graph computes what it did.
     """
-    met: Counter[tuple[str, str]] = Counter()
+    numbered: Counter[tuple[str, str]] = Counter()
 
     def key(path: str, role: str) -> str:
-        met[path, role] += 1
-        return numbered(path, role, met[path, role])
+        numbered[path, role] += 1
+        count = numbered[path, role]
+        return f"{path}:{role}" + (f"#{count}" if count > 1 else "")  # a layer that is called twice has two ranges
 
     found = list(_norms(gm, products, recipe, key))
     taken = {(edge.value, reader) for edge in found for reader in edge.readers}
@@ -71,11 +72,6 @@ def edges_of(gm: fx.GraphModule, products: Products, recipe: Recipe) -> list[Edg
     return found
 
 
-def numbered(path: str, role: str, count: int) -> str:
-    """The key of a range; a layer that is called twice has two."""
-    return f"{path}:{role}" + (f"#{count}" if count > 1 else "")
-
-
 def settle(edges: Iterable[Edge], recipe: Recipe, ranges: Ranges) -> tuple[list[Edge], list[Edge]]:
     """The edges with every static Spec given its range, by the recipe's own list or else ``ranges``; and those without one."""
     settled, missing = [], []
@@ -83,15 +79,12 @@ def settle(edges: Iterable[Edge], recipe: Recipe, ranges: Ranges) -> tuple[list[
         if not edge.spec.is_static or _is_given(edge.spec):
             settled.append(edge)
             continue
-        own: tuple[Any, ...] | None = None
-        if edge.role == "input":
-            own = next(filter(None, map(recipe.given_range, edge.names)), None)
-        if own is None and (ends := ranges(edge.key)) is not None:
-            own = tuple(tuple(end.tolist()) if end.ndim else end.item() for end in ends)
-        if own is None:
+        own = next(filter(None, map(recipe.given_range, edge.names)), None) if edge.role == "input" else None
+        ends = own or ranges(edge.key)
+        if ends is None:
             missing.append(edge)
         else:
-            settled.append(replace(edge, spec=replace(edge.spec, range=Given(*own))))
+            settled.append(replace(edge, spec=replace(edge.spec, range=Given(*ends))))
     return settled, missing
 
 

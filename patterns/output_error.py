@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError
 from fxquant.numerics.granularity import PerChannel, PerTensor
-from fxquant.numerics.ranges import DYNAMIC, OutputMSE
+from fxquant.numerics.ranges import DYNAMIC
 from fxquant.recipe import Spec
 
 from .measured import Measured
@@ -45,7 +45,7 @@ class OutputError:
         if weight is None or weight.granularity.dims(2) == (1,):  # rows of W are rounded one by one: some stand for all
             together = torch.cat(weights)
             weights = (together[_evenly(len(together), outputs, together.device)],)
-        if weight is not None and (weight.range == OutputMSE() or not exact_ranges):
+        if weight is not None and (weight.is_of_outputs or not exact_ranges):
             weight = replace(weight, range=DYNAMIC)
         x = measured.rows.float()
         x = x[_evenly(len(x), rows, x.device)]

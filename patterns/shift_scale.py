@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxquant.errors import RecipeError
 from fxquant.graph.equivalence import Applied, Map, Note, PositiveScale, Refusal, Shift
 from fxquant.graph.fuel import Fuel
-from fxquant.numerics.ranges import DYNAMIC
+from fxquant.numerics.observer import Observer
 
 from .inputs import check_lengths, check_scales, put, sites_of
 from .measured import Measured
@@ -125,7 +125,7 @@ def choose(
         for family in families
     ]
     # Weight ranges that are searched themselves cost too much to try at every point: the best points are tried again with them.
-    searched = measured.weight is not None and measured.weight.range != DYNAMIC
+    searched = measured.weight is not None and isinstance(measured.weight.range, Observer)
     settled = OutputError.of(measured, rows=rows, outputs=outputs // 2) if searched else None
     final = OutputError.of(measured, rows=len(measured.rows), outputs=4096)
     ones, zeros = torch.ones_like(weight), torch.zeros_like(weight)

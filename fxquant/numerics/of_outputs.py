@@ -4,6 +4,9 @@ With ``E = q(W) - W`` the error is ``|| X E^T ||^2``. Outputs, the rows of ``W``
 what one leaves over, the next may make up for. So one group after the other takes the ends of least error of the whole row, the
 groups behind it unrounded at first, and then once more with all others as they are.
 
+Kept is which share of the extremes that is, not the range itself: a scale on the rows of a weight, or a change of the weight
+after calibration, leaves the share as it is.
+
 AWQ's clip search (Lin et al., 2024, in its code) tries one shrink for both ends, of each group by itself.
 """
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from .granularity import Granularity, PerGroup, PerTensor, PerToken
 from .learned import rounded
+from .observer import extremes_of
 from .weighted import shrunk
 
 if TYPE_CHECKING:
@@ -24,11 +28,11 @@ SWEEPS = 2
 AT_ONCE = 1 << 20  # outputs of a weight that are looked at at once: rows of it times inputs
 
 
-def range_of_weight(weight: Tensor, inputs: Tensor, format: "IntAffine", granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """(lo, hi), float32, in the shape that ``granularity.reduce`` gives: what ``clipped`` then leaves of ``weight``.
+def clips_of(weight: Tensor, inputs: Tensor, format: "IntAffine", granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """(low, high), float32, in the shape that ``granularity.reduce`` gives: the shares of the extremes for ``clipped``.
 
-    ``weight`` [..., N, K], ``inputs`` [R, K]: rows whose squared errors add up as those of all tokens. Never worse on them than
-    the extremes, where a row of ``weight`` is one block.
+    ``weight`` [..., N, K], one block or several along K. ``inputs`` [R, K]: their squared errors add up as those of all tokens.
+    Where a row of ``weight`` is one block, and in float32, never worse on them than the extremes.
     """
     rows, inputs = weight.flatten(0, -2).float(), inputs.float()
     together = isinstance(granularity, PerTensor)
@@ -36,20 +40,27 @@ def range_of_weight(weight: Tensor, inputs: Tensor, format: "IntAffine", granula
     columns = [slice(start, start + size) for start in range(0, rows.shape[1], size)]
     parts = [torch.linalg.qr(inputs[:, c]) for c in columns]  # of an error in a part, R alone changes the length
     some = len(rows) if together else max(1, AT_ONCE // max(1, len(inputs)))
-    found = [_ends(chunk, inputs, columns, parts, format, together) for chunk in rows.split(some)]
-    lo, hi = (torch.cat(end) for end in zip(*found, strict=True))  # [N, groups]
+    found = [_shares(chunk, inputs, columns, parts, format, together) for chunk in rows.split(some)]
+    low, high = (torch.cat(share) for share in zip(*found, strict=True))  # [N, groups]
     shape = () if together else (*weight.shape[:-1], *([len(columns)] if isinstance(granularity, PerGroup) else []), 1)
-    return lo.reshape(shape), hi.reshape(shape)
+    return low.reshape(shape), high.reshape(shape)
 
 
-def clipped(weight: Tensor, lo: Tensor, hi: Tensor, granularity: Granularity) -> Tensor:
-    """``weight`` within the range of each block, so that these are its extremes; an infinity stays, to be found."""
+def clipped(weight: Tensor, low: Tensor, high: Tensor, granularity: Granularity, symmetric: bool) -> Tensor:
+    """``weight`` within these shares of each block's extremes; on a ``symmetric`` grid the larger one is that of both sides.
+
+    What a block's scale is fitted to afterwards is that range. An infinity stays, to be found.
+    """
     blocks = granularity.split(weight)
-    within = torch.maximum(torch.minimum(blocks, hi), lo)
-    return granularity.join(torch.where(blocks.isinf(), blocks, within))
+    lo, hi = extremes_of(blocks, granularity)
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    if symmetric:
+        hi = torch.maximum(-lo, hi)
+        lo = -hi
+    return granularity.join(torch.maximum(torch.minimum(blocks, hi * high), lo * low))
 
 
-def _ends(
+def _shares(
     weight: Tensor,
     inputs: Tensor,
     columns: list[slice],
@@ -57,14 +68,14 @@ def _ends(
     format: "IntAffine",
     together: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(lo, hi) [N, groups] for rows ``weight`` [N, K]; [1, 1] for all of them ``together``."""
+    """(low, high) [N, groups] for rows ``weight`` [N, K]; [1, 1] for all of them ``together``."""
 
     def rounding(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         return rounded(x, format.from_range(lo[:, None], hi[:, None]), format, PerToken()).sub_(x)
 
     left = weight.new_zeros(len(weight), len(inputs))  # over in the outputs: of the groups rounded so far
     errors: list[Tensor | None] = [None] * len(columns)
-    ends: list[tuple[Tensor, Tensor]] = [(left, left)] * len(columns)
+    shares: dict[int, tuple[Tensor, Tensor]] = {}
     for _ in range(SWEEPS if len(columns) > 1 else 1):
         for i, (group, (q, r)) in enumerate(zip(columns, parts, strict=True)):
             x, before = weight[:, group], errors[i]
@@ -78,11 +89,12 @@ def _ends(
 
             low, high = (end.reshape(1) for end in torch.aminmax(x)) if together else torch.aminmax(x, dim=1)
             low, high = low.clamp(max=0), high.clamp(min=0)
-            ends[i] = shrunk(error, low, high, low, high, SHRINKS, rounds=0 if format.symmetric else 1)
-            errors[i] = now = rounding(x, *ends[i])
+            if format.symmetric:
+                high = torch.maximum(-low, high)
+                low = -high
+            lo, hi = shrunk(error, low, high, low, high, SHRINKS, rounds=0 if format.symmetric else 1)
+            errors[i] = now = rounding(x, lo, hi)
             left = left + now @ inputs[:, group].T
-    lo, hi = (torch.stack(end, 1) for end in zip(*ends, strict=True))
-    if format.symmetric:  # the grid reaches as far on the other side
-        hi = torch.maximum(-lo, hi)
-        lo = -hi
-    return lo, hi
+            shares[i] = torch.where(low == 0, 1, lo / low), torch.where(high == 0, 1, hi / high)
+    low, high = (torch.stack(share, 1) for share in zip(*shares.values(), strict=True))
+    return low, high
