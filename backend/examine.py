@@ -20,7 +20,7 @@ from fxquant.plan import Plan
 from fxquant.recipe import Recipe
 
 from .calibration import MeasuringStage, Progress, Runner, Session, Stage, compared, reads_decoder
-from .pipeline import arguments_of, clips_of, no_range
+from .pipeline import arguments_of, clips_in, no_range
 
 ROWS = 512  # tokens of a batch on which the noise of a site is measured
 
@@ -92,7 +92,7 @@ class ExaminingStage(Stage):
     def build(self, gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         recipe = self.session.recipe
         equalize(gm, recipe.transforms, Fuel(), **arguments_of(self._plan))
-        annotation = annotate(gm, recipe, Fuel(), self._plan.range if self._plan else no_range, clips_of(self._plan))
+        annotation = annotate(gm, recipe, Fuel(), self._plan.range if self._plan else no_range, clips_in(self._plan))
         sites = {site.key: site for site in annotation.sites if not site.reason}
         for node in list(gm.graph.find_nodes(op="call_function", target=LINEAR[0])):
             site = sites.get(node.meta.get(SITE))

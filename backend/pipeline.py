@@ -72,7 +72,7 @@ def _through_all_stages(graph: fx.GraphModule, settings: Settings, differentiabl
         _check(plan, graph, {path: tuple(value(inputs[i]).shape) for path, i in reads.items()})
     notes = equalize(graph, recipe.transforms, fuel, **arguments_of(plan))
     stages.show("equalized", graph, f"{len(notes)} transforms")
-    annotation = annotate(graph, recipe, fuel, plan.range if plan else no_range, clips_of(plan))
+    annotation = annotate(graph, recipe, fuel, plan.range if plan else no_range, clips_in(plan))
     sites = annotation.sites
     stages.show("annotated", graph)
     quantize(graph, annotation)
@@ -181,7 +181,7 @@ def arguments_of(plan: Plan | None) -> dict[str, dict[str, Any]]:
     return {t.name: {need: maps.get(need, {}) for need in t.needs} for t, maps in found.items()}
 
 
-def clips_of(plan: Plan | None) -> Clips:
+def clips_in(plan: Plan | None) -> Clips:
     """What the plan has of the ranges of weights."""
     found = plan.maps(CLIP) if plan is not None else {}
     return {path: (low, found["high"][path]) for path, low in found.get("low", {}).items()}
