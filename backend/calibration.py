@@ -278,7 +278,7 @@ class MeasuringStage(Stage):
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for path in progress(list(self._clipped), "ranges of weights"):
             site, where, evaluated = self._clipped[path]
-            weight = evaluated() if site.lies else evaluated().transpose(-2, -1)
+            weight = evaluated().transpose(-2, -1) if site.is_stack else evaluated()
             check_finite(path, weight)
             seen = self.seen.get(where)
             if seen is None or seen.rows is None or seen.far is None:

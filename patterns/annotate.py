@@ -69,9 +69,9 @@ class Site:
         return self.weight.fake_quantize(w)
 
     @property
-    def lies(self) -> bool:
-        """The weight is stored as it is rounded, [N, K], and not as a stack [..., K, N]."""
-        return self.op in ("linear", "embedding")
+    def is_stack(self) -> bool:
+        """The weight is stored as [..., K, N], and its transpose is rounded."""
+        return self.op not in ("linear", "embedding")
 
     @property
     def spelled(self) -> str:
@@ -238,7 +238,7 @@ def _round(gm: fx.GraphModule, before: fx.Node, x: fx.Node, spec: Spec) -> fx.No
 def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, site: Site) -> fx.Node:
     """A weight [N, K] of a linear is rounded along K; of a stack [..., K, N] the transpose is."""
     assert site.weight is not None
-    turned = weight if site.lies else splice(gm, before, _transpose, weight)
+    turned = splice(gm, before, _transpose, weight) if site.is_stack else weight
     if site.clips is not None:
         fake, granularity = value(turned), site.weight.granularity
         needed, found = granularity.reduce(torch.amin, granularity.split(fake)).shape, site.clips[0].shape
@@ -248,7 +248,7 @@ def _round_weight(gm: fx.GraphModule, before: fx.Node, weight: fx.Node, site: Si
         shares = [constant(gm, share.to(fake.device, fake.dtype), "clip") for share in site.clips]
         turned = splice(gm, before, site.clip, turned, *shares, memo=("clip", site.weight))
     rounded = _round(gm, before, turned, site.weight)
-    return rounded if site.lies else splice(gm, before, _transpose, rounded)
+    return splice(gm, before, _transpose, rounded) if site.is_stack else rounded
 
 
 def _transpose(w: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def _noise(gm: fx.GraphModule, weight: fx.Node, site: Site) -> Callable[[Mapping
 
     def noise(args: Mapping[int, Tensor]) -> float:
         (w,) = unit().fold([args[i] for i in unit().inputs])
-        w = w if site.lies else _transpose(w)
+        w = _transpose(w) if site.is_stack else w
         return sqnr(w, site.round_weight(w))
 
     return noise

@@ -337,7 +337,7 @@ def test_a_layer_that_runs_twice_has_the_ranges_of_its_first_run(parted: bool) -
 
 
 class Experts(nn.Module):
-    """A stack of matrices [E, K, N], of which each multiplies its own rows; and a linear that never runs."""
+    """A stack of matrices [E, K, N], of which each multiplies its own rows; and a linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -383,24 +383,24 @@ def test_they_are_of_the_weights_after_all_transforms(transforms: tuple[str, ...
         assert len(rows) == 15 and not any(row.reason for row in rows)
         sqnr.append([row.sqnr_output for row in rows])
     better = [after - before for before, after in zip(*sqnr, strict=True)]
-    assert sum(better) / len(better) > 0.1 and min(better) > -0.1
+    assert sum(better) / len(better) > 1 and min(better) > 0.5
 
 
 @pytest.mark.parametrize("transform", ["awq", "smooth", "rotate"])
 def test_a_cache_that_takes_the_values_out_of_the_graph_leaves_their_weight_what_it_is(transform: str) -> None:
     """Calibrated without a cache, a scale on values goes into their weight; with one it cannot, and the weight is another."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, vocab_size=97, initializer_range=0.2, **LLAMA)).eval()
+    model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=4, vocab_size=97, initializer_range=0.2, **LLAMA)).eval()
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.v_proj.weight.mul_(torch.linspace(-2, 2, 32).exp()[:, None])
+            layer.self_attn.v_proj.weight.mul_(torch.linspace(-2, 2, 64).exp()[:, None])
     ids = torch.randint(0, 97, (2, 12))
     spec = Spec(IntAffine(4, symmetric=False), PerGroup(32), OutputMSE())
     plan = calibrate(model, [{"input_ids": ids, "use_cache": False}], Recipe(weights=spec, transforms=(transform,)))
     with torch.no_grad():
         compiled(model, plan)(input_ids=ids, use_cache=True)
     values = [site.sqnr for site in fxquant.explain(model).sites if "v_proj" in site.name]
-    assert len(values) == 2 and min(values) > 17  # decibel; 10 and less where a range is taken for that of the other weight
+    assert len(values) == 2 and min(values) > 17  # decibel; at most 14 where the ranges are those of the other weight
 
 
 def test_the_search_for_activations_sees_weights_as_they_will_be_rounded() -> None:
