@@ -556,6 +556,16 @@ def _field(output: Any, name: str) -> Any:
 # ---- the whole ----------------------------------------------------------------------------------------------------------
 
 
+def measure(runner: Runner, done: Sequence[str], maps: Maps, seed: int, title: str) -> MeasuringStage:
+    """What all data shows at the inputs of linears, the transforms ``done`` written."""
+    stage = MeasuringStage(runner.session, done, maps, seed)
+    runner.session.enter(stage)
+    with watching(stage):
+        for _ in runner.run(title):
+            pass
+    return stage
+
+
 @returning_memory()
 def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> Plan:
     """Run all stages and put together what they found."""
@@ -568,20 +578,12 @@ def find_plan(runner: Runner, recipe: Recipe, progress: Progress, seed: int) -> 
     for position, transform in enumerate(transforms):
         if transform.choose is None:
             continue
-        stage = MeasuringStage(session, recipe.transforms[:position], maps, seed)
-        session.enter(stage)
-        with watching(stage):
-            for _ in runner.run(f"measuring for {transform.name}"):
-                pass
+        stage = measure(runner, recipe.transforms[:position], maps, seed, f"measuring for {transform.name}")
         maps[transform.name] |= stage.choices(transform, notes, progress)
 
     clips: Clips = {}
     if any(spec.is_of_outputs for _, spec in recipe.specs()):
-        stage = MeasuringStage(session, recipe.transforms, maps, seed)
-        session.enter(stage)
-        with watching(stage):
-            for _ in runner.run("measuring for the ranges of weights"):
-                pass
+        stage = measure(runner, recipe.transforms, maps, seed, "measuring for the ranges of weights")
         clips = stage.clips(notes, progress)
 
     observing = ObservingStage(session, maps)

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from fxquant.graph.equivalence import site_name
 from fxquant.graph.fuel import Fuel
 from fxquant.graph.laws import LINEAR
-from fxquant.graph.observe import mask_for, tokens, watching
+from fxquant.graph.observe import mask_for, tokens
 from fxquant.graph.tidy import value
 from fxquant.patterns.annotate import SITE, Site, annotate
 from fxquant.patterns.inputs import linear_inputs
@@ -19,7 +19,7 @@ from fxquant.patterns.transforms import equalize
 from fxquant.plan import Plan
 from fxquant.recipe import Recipe
 
-from .calibration import MeasuringStage, Progress, Runner, Session, Stage, compared, reads_decoder
+from .calibration import Progress, Runner, Session, Stage, compared, measure, reads_decoder
 from .pipeline import arguments_of, clips_in, no_range
 
 ROWS = 512  # tokens of a batch on which the noise of a site is measured
@@ -113,11 +113,7 @@ def examine(model: nn.Module, data: Any, recipe: Recipe, plan: Plan | None, prog
     """The measurements of every linear site of ``model`` by its weight's path, on ``data`` as for ``calibrate``."""
     session = Session(recipe)
     runner = Runner(model, data, session, progress)
-    before = MeasuringStage(session, (), {}, seed=0)
-    session.enter(before)
-    with watching(before):
-        for _ in runner.run("before the transforms"):
-            pass
+    before = measure(runner, (), {}, 0, "before the transforms")
     first = {site_name(n): site_name(ns[0]) for g in session.graphs for ns in linear_inputs(g.gm).values() for n in ns}
 
     stage = ExaminingStage(session, plan)
